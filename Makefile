@@ -1,0 +1,43 @@
+# make demo    train on the emoji with two real towers and print the table
+# make test    ruff, mypy, import-linter, pytest
+#
+# Both make .venv first. TORCH chooses another torch, as pip would be told: make demo TORCH=torch==2.13.0+cu130
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+
+.PHONY: demo test format clean
+
+demo: outputs/demo/final_metrics.json
+	@echo "trained: outputs/demo/model, $<; remove outputs/demo to train it again"
+
+outputs/demo/final_metrics.json: | .venv/installed examples/towers
+	$(BIN)/accelerate launch run_alignment.py --config configs/demo.yaml
+
+test: .venv/installed
+	$(BIN)/ruff format --check --config .ci/ruff.toml .
+	$(BIN)/ruff check --config .ci/ruff.toml .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: .venv/installed
+	$(BIN)/ruff format --config .ci/ruff.toml .
+	$(BIN)/ruff check --fix --config .ci/ruff.toml .
+
+# The constraints apply to everything but torch, which TORCH names (by default the one in the constraints).
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("EdgeGlass needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -c .venv/constraints.txt "$(TORCH)" -e ".[demo,dev]"
+	touch $@
+
+examples/towers: | .venv/installed
+	rm -rf $@.partial
+	$(BIN)/python examples/prepare_towers.py $@.partial
+	mv $@.partial $@
+
+clean:
+	rm -rf .venv outputs examples/towers*

@@ -1,0 +1,79 @@
+"""Configuration of an EdgeGlass model: two backbones and the space that they share."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+POOLING_TYPES = ("simple", "multihead")
+
+
+class EdgeGlassConfig(PreTrainedConfig):
+    """Two backbones, how each is pooled and projected, and how the pair is trained.
+
+    Args:
+        vision_config: Config of the vision backbone, or its dict with a `model_type`; None is a default ViT.
+        text_config: Config of the text backbone, likewise; None is a default BERT.
+        projection_dim: Size D of the full embedding.
+        mrl_dimensions: Matryoshka sizes that are trained besides `projection_dim`, each below it; kept in
+            falling order. Any other size works too, these are the ones that the loss sees.
+        vision_use_attention_pooling: Learned pooling over the vision tokens; False takes the backbone's own
+            pooled output, or the mean of its tokens where it has none.
+        vision_pooling_type: `"simple"` (one layer of attention) or `"multihead"` (several learned queries).
+        vision_freeze: Keep the vision backbone as it was pretrained: no gradients, always in eval mode.
+        vision_name_or_path: Where the vision backbone came from, for the record.
+        vision_revision: Commit, tag or branch that it was loaded from.
+        text_use_attention_pooling: As for vision.
+        text_pooling_type: As for vision.
+        text_freeze: As for vision.
+        text_name_or_path: As for vision.
+        text_revision: As for vision.
+        contrastive_weight: Weight of the CLIP loss at `projection_dim`.
+        mrl_weight: Weight of the loss at the Matryoshka sizes.
+        sample_single_mrl_dim: One Matryoshka size per training step instead of all.
+        mask_equal_captions: Equal captions of a batch are not each other's negatives.
+        mrl_seed: Seed of the sampled Matryoshka sizes.
+        logit_scale_init_value: Log of 1 / temperature at the start; the default is ln(1 / 0.07), as in CLIP.
+
+    Raises:
+        ValueError: A size, a Matryoshka dimension or a pooling type is not possible.
+    """
+
+    model_type = "edgeglass"
+    sub_configs_defaults = {  # noqa: RUF012 - PreTrainedConfig's own form
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: Any = None  # a dict or None when given, always a PreTrainedConfig afterwards
+    text_config: Any = None
+    projection_dim: int = 4096
+    mrl_dimensions: list[int] | tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    vision_use_attention_pooling: bool = True
+    vision_pooling_type: str = "simple"
+    vision_freeze: bool = True
+    vision_name_or_path: str | None = None
+    vision_revision: str | None = None
+    text_use_attention_pooling: bool = True
+    text_pooling_type: str = "simple"
+    text_freeze: bool = True
+    text_name_or_path: str | None = None
+    text_revision: str | None = None
+    contrastive_weight: float = 0.25
+    mrl_weight: float = 1.0
+    sample_single_mrl_dim: bool = True
+    mask_equal_captions: bool = True
+    mrl_seed: int = 42
+    logit_scale_init_value: float = 2.6592
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mrl_dimensions = sorted(self.mrl_dimensions, reverse=True)
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be positive, got {self.projection_dim}")
+        for dimension in self.mrl_dimensions:
+            if not 0 < dimension < self.projection_dim:
+                raise ValueError(f"mrl_dimensions must lie in 1..{self.projection_dim - 1}, got {dimension}")
+        for pooling_type in (self.vision_pooling_type, self.text_pooling_type):
+            if pooling_type not in POOLING_TYPES:
+                raise ValueError(f"pooling_type must be one of {', '.join(POOLING_TYPES)}, got {pooling_type!r}")
+        super().__post_init__(**kwargs)

@@ -1,0 +1,117 @@
+"""The two towers: backbone -> pooling -> projection -> unit length."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .backbones import SUPPORTED_BACKBONES, Modality, hidden_size
+from .matryoshka import truncate_embeds
+from .pooling import build_pooling, masked_mean
+
+
+class _Encoder(nn.Module):
+    """What both towers share: a backbone, frozen or not, and the way from its tokens to the embedding."""
+
+    modality: Modality
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        projection_dim: int = 4096,
+        use_attention_pooling: bool = True,
+        pooling_type: str = "simple",
+        *,
+        freeze: bool = True,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size(backbone.config)
+        self.freeze = freeze
+        self.backbone = backbone
+        self.pooling = build_pooling(pooling_type, self.hidden_size) if use_attention_pooling else None
+        self.projection = nn.Linear(self.hidden_size, projection_dim)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "_Encoder":
+        """As for any module, but a frozen backbone stays frozen.
+
+        That is in eval mode, because its batch-norm statistics must not move, and without gradients; here,
+        because `from_pretrained` makes new parameters with gradients and ends in `eval()`.
+        """
+        super().train(mode)
+        if self.freeze:
+            self.backbone.eval().requires_grad_(False)
+        return self
+
+    def embed(self, pooled: Tensor) -> Tensor:
+        """Project pooled features (B, hidden_size) to unit vectors (B, projection_dim), in float32."""
+        return truncate_embeds(self.projection(pooled), None)
+
+    def _run_backbone(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D), and the backbone's own pooled output (B, D) where it has one."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            outputs = self.backbone(**inputs)
+        name, supported = type(self.backbone).__name__, SUPPORTED_BACKBONES[self.modality]
+        if "last_hidden_state" not in outputs:
+            raise ValueError(f"{name} returns no last_hidden_state; use {supported}")
+        tokens = outputs["last_hidden_state"]
+        if tokens.ndim == 4:  # a feature map (B, D, H, W)
+            tokens = tokens.flatten(2).transpose(1, 2)  # (B, H * W, D)
+        if tokens.ndim != 3 or tokens.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"{name} returns tokens of shape {tuple(tokens.shape)}, where its config says that they are "
+                f"{self.hidden_size} wide; use {supported}"
+            )
+        dtype = self.projection.weight.dtype
+        pooler_output = outputs.get("pooler_output")
+        return tokens.to(dtype), None if pooler_output is None else pooler_output.flatten(1).to(dtype)
+
+    def _pool(self, tokens: Tensor, pooler_output: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
+        if self.pooling is not None:
+            return self.pooling(tokens, attention_mask)
+        return masked_mean(tokens, attention_mask) if pooler_output is None else pooler_output
+
+
+class VisionEncoder(_Encoder):
+    """The vision tower.
+
+    Args:
+        backbone: Vision model whose `last_hidden_state` is tokens (B, N, D) or a feature map (B, D, H, W).
+        projection_dim: Size of the full embedding.
+        use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the tokens' mean.
+        pooling_type: `"simple"` or `"multihead"`.
+        freeze: Keep the backbone as it is: no gradients, always in eval mode.
+    """
+
+    modality = "vision"
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, projection_dim), in float32."""
+        return self.embed(self._pool(*self._run_backbone(pixel_values=pixel_values.to(self.backbone.dtype))))
+
+
+class TextEncoder(_Encoder):
+    """The text tower.
+
+    Args:
+        backbone: Text model whose `last_hidden_state` is tokens (B, N, D), an encoder or a causal model.
+        projection_dim: Size of the full embedding.
+        use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the masked mean.
+        pooling_type: `"simple"` or `"multihead"`.
+        freeze: Keep the backbone as it is: no gradients, always in eval mode.
+    """
+
+    modality = "text"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embed token ids (B, L) as unit vectors (B, projection_dim), in float32.
+
+        Args:
+            input_ids: Token ids (B, L), padded left or right.
+            attention_mask: 1 for a real token, 0 for padding (B, L); None takes all as real.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        tokens, pooler_output = self._run_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        return self.embed(self._pool(tokens, pooler_output, attention_mask))

@@ -1,0 +1,232 @@
+"""EdgeGlassModel: two towers, one Matryoshka space."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbones import build_backbone, load_backbone
+from .captions import hash_captions
+from .configuration_edgeglass import EdgeGlassConfig
+from .encoders import TextEncoder, VisionEncoder
+from .losses import AlignmentLoss
+from .matryoshka import truncate_embeds
+from .pooling import AttentionPooling, SimpleAttentionPooling
+
+# CLIP (arXiv:2103.00020, sec. 2.5) caps the scale at 100; above it training diverges.
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass
+class EdgeGlassOutput(ModelOutput):
+    """What `EdgeGlassModel` returns.
+
+    Args:
+        loss: `contrastive_weight * loss_clip + mrl_weight * loss_mrl`; with `return_loss=True`, as the next two.
+        loss_clip: Symmetric InfoNCE at the full size.
+        loss_mrl: The same at the Matryoshka size of this step, or its mean over all sizes.
+        logits_per_image: Scaled cosines (images, texts) at the full size.
+        logits_per_text: Their transpose.
+        image_embeds: Unit vectors (B, projection_dim), float32.
+        text_embeds: Unit vectors (B, projection_dim), float32.
+    """
+
+    loss: Tensor | None = None
+    loss_clip: Tensor | None = None
+    loss_mrl: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class EdgeGlassPreTrainedModel(PreTrainedModel):
+    """What every EdgeGlass model shares: its config, and how new weights start."""
+
+    config: EdgeGlassConfig
+    config_class = EdgeGlassConfig
+    base_model_prefix = "edgeglass"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True  # passed on to the backbones by transformers
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # With **kwargs in forward and labels in a batch, Trainer would not divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start a layer of ours; transformers calls this for weights that no checkpoint holds."""
+        if isinstance(module, SimpleAttentionPooling | AttentionPooling | nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)  # CLIP's choice for its projections
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, EdgeGlassModel):
+            nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class EdgeGlassModel(EdgeGlassPreTrainedModel):
+    """A vision and a text tower whose embeddings of a picture and its caption meet.
+
+    Every prefix of an embedding, cut and scaled to unit length, is an embedding of its own.
+
+    Args:
+        config: The configuration of both towers.
+        vision_backbone: Backbone to use; None makes one with random weights from `config.vision_config`.
+        text_backbone: Likewise for text.
+    """
+
+    def __init__(
+        self,
+        config: EdgeGlassConfig,
+        vision_backbone: PreTrainedModel | None = None,
+        text_backbone: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        vision_backbone = vision_backbone or build_backbone("vision", config.vision_config)
+        text_backbone = text_backbone or build_backbone("text", config.text_config)
+        # One config object each, so that a later change of the attention implementation reaches the backbone.
+        config.vision_config, config.text_config = vision_backbone.config, text_backbone.config
+        self.vision_encoder = VisionEncoder(
+            vision_backbone,
+            config.projection_dim,
+            config.vision_use_attention_pooling,
+            config.vision_pooling_type,
+            freeze=config.vision_freeze,
+        )
+        self.text_encoder = TextEncoder(
+            text_backbone,
+            config.projection_dim,
+            config.text_use_attention_pooling,
+            config.text_pooling_type,
+            freeze=config.text_freeze,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.alignment_loss = AlignmentLoss(
+            config.contrastive_weight,
+            config.mrl_weight,
+            config.mrl_dimensions,
+            config.sample_single_mrl_dim,
+            mask_equal_captions=config.mask_equal_captions,
+            seed=config.mrl_seed,
+        )
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        *,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | str = torch.float32,
+        **config: Any,
+    ) -> "EdgeGlassModel":
+        """Join two pretrained backbones; pooling and projections are new and want training.
+
+        Args:
+            vision: Model id or directory of the vision backbone; of CLIP and its kin the vision half is taken.
+            text: Model id or directory of the text backbone; of CLIP and its kin the text half is taken.
+            vision_revision: Commit, tag or branch on the Hub.
+            text_revision: Commit, tag or branch on the Hub.
+            trust_remote_code: Run model code that comes with a checkpoint.
+            dtype: Precision of the backbones. New layers are float32.
+            **config: Fields of `EdgeGlassConfig`.
+
+        Raises:
+            ValueError: A backbone does not exist or cannot be used, or a field has no possible value.
+        """
+        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+        vision_backbone = load_backbone("vision", vision, revision=vision_revision, **hub)
+        text_backbone = load_backbone("text", text, revision=text_revision, **hub)
+        return cls(
+            EdgeGlassConfig(
+                vision_config=vision_backbone.config.to_dict(),
+                text_config=text_backbone.config.to_dict(),
+                vision_name_or_path=vision,
+                vision_revision=getattr(vision_backbone.config, "_commit_hash", None) or vision_revision,
+                text_name_or_path=text,
+                text_revision=getattr(text_backbone.config, "_commit_hash", None) or text_revision,
+                **config,
+            ),
+            vision_backbone,
+            text_backbone,
+        )
+
+    def get_image_features(self, pixel_values: Tensor, truncate_dim: int | None = None) -> Tensor:
+        """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, truncate_dim), in float32.
+
+        Args:
+            pixel_values: Pictures as `EdgeGlassProcessor` makes them.
+            truncate_dim: Numbers kept of each embedding, 1..projection_dim; None keeps all.
+        """
+        return truncate_embeds(self.vision_encoder(pixel_values), truncate_dim)
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, truncate_dim: int | None = None
+    ) -> Tensor:
+        """Embed token ids (B, L) as unit vectors (B, truncate_dim), in float32.
+
+        Args:
+            input_ids: Token ids as `EdgeGlassProcessor` makes them.
+            attention_mask: 1 for a real token, 0 for padding (B, L).
+            truncate_dim: Numbers kept of each embedding, 1..projection_dim; None keeps all.
+        """
+        return truncate_embeds(self.text_encoder(input_ids, attention_mask), truncate_dim)
+
+    def capped_logit_scale(self) -> Tensor:
+        """1 / temperature, at most 100."""
+        with torch.no_grad():  # the parameter itself is capped: clamping its exponential would end its gradient
+            self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        return self.logit_scale.exp()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        step: int | None = None,
+    ) -> EdgeGlassOutput:
+        """Embed pictures and captions, compare all with all, and score the pairs.
+
+        Args:
+            pixel_values: Pictures (B, 3, S, S).
+            input_ids: Token ids of their captions (B, L).
+            attention_mask: 1 for a real token, 0 for padding (B, L).
+            return_loss: Also return the loss of the pairs (picture i, caption i).
+            step: Optimizer step, which decides the Matryoshka size; None counts the training calls instead.
+
+        Raises:
+            ValueError: `return_loss` with a single pair.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        image_embeds = self.vision_encoder(pixel_values)
+        text_embeds = self.text_encoder(input_ids, attention_mask)
+        logit_scale = self.capped_logit_scale()
+        logits_per_image = logit_scale * image_embeds @ text_embeds.T  # (images, texts)
+        output = EdgeGlassOutput(
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+        if return_loss:
+            losses = self.alignment_loss(
+                image_embeds,
+                text_embeds,
+                logit_scale=logit_scale,
+                caption_ids=hash_captions(input_ids, attention_mask),
+                step=step,
+            )
+            output.loss, output.loss_clip, output.loss_mrl = losses.loss, losses.loss_clip, losses.loss_mrl
+        return output

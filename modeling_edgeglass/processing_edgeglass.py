@@ -1,0 +1,123 @@
+"""EdgeGlassProcessor: pictures and captions as a model wants them."""
+
+from typing import Any
+
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
+
+from .backbones import backbone_config
+from .images import to_rgb
+
+logger = logging.get_logger(__name__)
+
+
+class EdgeGlassProcessorKwargs(ProcessingKwargs, total=False):
+    """Captions are padded to the longest of the batch and cut to the length that the tokenizer knows."""
+
+    _defaults = {  # type: ignore[misc]  # noqa: RUF012 - transformers' own form
+        "text_kwargs": {"padding": True, "truncation": True, "return_token_type_ids": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class EdgeGlassProcessor(ProcessorMixin):
+    """An image processor and a tokenizer in one: `processor(images=..., text=...)` gives a model's inputs.
+
+    Pictures go the way of `training`'s evaluation: upright RGB on white, shorter edge to the model's size,
+    centre crop, the vision backbone's own mean and standard deviation; always by Pillow.
+
+    Args:
+        image_processor: Resizes, crops and normalises.
+        tokenizer: Its `model_max_length` is the longest caption, in tokens.
+    """
+
+    valid_processor_kwargs = EdgeGlassProcessorKwargs
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Inputs of `EdgeGlassModel`: `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L).
+
+        Args:
+            images: One picture or a list of them, of any Pillow mode, arrays or tensors.
+            text: One caption or a list of them.
+            **kwargs: As for any transformers processor, such as `return_tensors="np"`.
+        """
+        if isinstance(images, Image.Image):
+            images = to_rgb(images)
+        elif isinstance(images, list | tuple):
+            images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        *,
+        image_size: int | None = None,
+        max_text_length: int | None = None,
+        max_positions: int | None = None,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "EdgeGlassProcessor":
+        """Join the image processor and the tokenizer of two pretrained backbones.
+
+        Args:
+            vision: Model id or directory of the vision backbone.
+            text: Model id or directory of the text backbone.
+            image_size: Side S of the square input in pixels; None takes the backbone's own.
+            max_text_length: Longest caption in tokens; None takes as many as the text backbone has positions.
+            max_positions: Tokens that the text backbone has positions for; None takes the tokenizer's word.
+            vision_revision: Commit, tag or branch on the Hub.
+            text_revision: Commit, tag or branch on the Hub.
+            trust_remote_code: Run processor code that comes with a checkpoint.
+
+        Raises:
+            ValueError: The vision backbone has no preprocessor config, or the text backbone no tokenizer.
+        """
+        vision_hub = {"revision": vision_revision, "trust_remote_code": trust_remote_code}
+        text_hub = {"revision": text_revision, "trust_remote_code": trust_remote_code}
+        try:
+            backbone_processor = AutoImageProcessor.from_pretrained(vision, **vision_hub)
+        except OSError as error:
+            raise ValueError(
+                f"vision tower {vision!r} has no preprocessor_config.json: mean and std unknown"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(text, **text_hub)
+        except OSError as error:
+            raise ValueError(f"text tower {text!r} has no tokenizer") from error
+        if image_size is None:
+            config = backbone_config(AutoConfig.from_pretrained(vision, **vision_hub), "vision")
+            image_size = _own_image_size(config, backbone_processor)
+        image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            resample=backbone_processor.resample,
+            image_mean=backbone_processor.image_mean,
+            image_std=backbone_processor.image_std,
+        )
+        if tokenizer.pad_token is None:  # causal models often have none; the attention mask hides it
+            tokenizer.pad_token = tokenizer.eos_token
+        limit = min(tokenizer.model_max_length, max_positions or tokenizer.model_max_length)
+        if max_text_length is not None and max_text_length > limit:
+            logger.warning(
+                f"max_text_length {max_text_length} is cut to the {limit} tokens that {text} has positions for"
+            )
+        tokenizer.model_max_length = min(limit, max_text_length or limit)
+        return cls(image_processor, tokenizer)
+
+
+def _own_image_size(config: PreTrainedConfig, image_processor: Any) -> int:
+    """Side of the pictures that a vision backbone was trained on, in pixels."""
+    size = config.to_dict().get("image_size")  # convolutional backbones need not have one
+    if size is None:
+        size = image_processor.size.get("shortest_edge") or image_processor.size["height"]
+    return int(size[0] if isinstance(size, list | tuple) else size)

@@ -1,0 +1,81 @@
+"""Align a vision and a text tower on picture-caption pairs.
+
+    accelerate launch run_alignment.py --config configs/demo.yaml trainer.epochs=3
+
+Any key of the config can be set behind it as key=value. A run that was cut off goes on from its last
+checkpoint when it is started again. The output directory gets config.yaml as resolved, checkpoints, the best
+model with its processor in model/, and final_metrics.json.
+"""
+
+import argparse
+import os
+import sys
+
+from training.config import AlignmentConfig, load_config, save_config
+from training.errors import UserError
+
+
+def main() -> None:
+    options = parse_options()
+    # Tokenizers in forked workers would each warn that they no longer run in parallel, as is right for workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        align(load_config(options.config, options.overrides))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def align(config: AlignmentConfig) -> None:
+    # torch and transformers take seconds to import; neither --help nor a typo in the config waits for them.
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from training.arguments import build_training_arguments
+    from training.build import build_datasets, build_model, build_processor
+    from training.callbacks import logged_names
+    from training.cpu import prepare_cpu
+    from training.results import FINAL_METRICS, refuse_finished_run, save_metrics, save_model
+    from training.tables import recall_table
+    from training.trainer import AlignmentTrainer
+
+    args = build_training_arguments(config)
+    output_dir = str(args.output_dir)
+    refuse_finished_run(output_dir)
+    prepare_cpu(args)
+    set_seed(args.seed)
+
+    model = build_model(config, args.seed)
+    processor = build_processor(config, model)
+    with args.main_process_first(desc="convert the parquet files"):
+        datasets = build_datasets(config, processor, args.seed)
+
+    trainer = AlignmentTrainer(
+        model,
+        args,
+        processing_class=processor,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["val"],
+        early_stopping_patience=config.optimization.early_stopping_patience,
+    )
+    if args.should_save:
+        save_config(config, f"{output_dir}/config.yaml")
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+
+    metrics = logged_names(result.metrics | trainer.evaluate())
+    if args.should_save:
+        save_model(model, processor, output_dir)
+        save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
+        print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
+        print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
+    trainer.accelerator.end_training()
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, such as configs/pixmo_alignment.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimization.lr=1e-3")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

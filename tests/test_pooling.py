@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from modeling_edgeglass.pooling import AttentionPooling, SimpleAttentionPooling, build_pooling, masked_mean
+
+B, N, D = 3, 7, 16
+
+
+@pytest.fixture(params=["simple", "multihead", "mean"])
+def pooling(request: pytest.FixtureRequest):
+    """Each pooling away from its start, so that attention is not uniform."""
+    if request.param == "mean":
+        return masked_mean
+    torch.manual_seed(0)
+    layer = build_pooling(request.param, D)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def test_padding_changes_nothing(pooling):
+    tokens = torch.randn(B, N, D)
+    padded = torch.cat([torch.full((B, 2, D), float("nan")), tokens, torch.full((B, 4, D), float("inf"))], dim=1)
+    mask = torch.cat([torch.zeros(B, 2), torch.ones(B, N), torch.zeros(B, 4)], dim=1)
+    torch.testing.assert_close(pooling(padded, mask), pooling(tokens, None))
+
+
+def test_order_of_tokens_changes_nothing(pooling):
+    tokens = torch.randn(B, N, D)
+    torch.testing.assert_close(pooling(tokens.flip(1), None), pooling(tokens, None))
+
+
+def test_an_all_padding_row_is_zeros_and_leaves_the_others_alone(pooling):
+    tokens = torch.randn(B, N, D, requires_grad=True)
+    mask = torch.ones(B, N)
+    mask[1] = 0
+    pooled = pooling(tokens, mask)
+    assert torch.equal(pooled[1], torch.zeros(D))
+    torch.testing.assert_close(pooled[[0, 2]], pooling(tokens, None)[[0, 2]])
+    pooled.square().sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.isfinite().all()
+
+
+def test_a_batch_of_one_and_a_single_token_keep_their_axes(pooling):
+    assert pooling(torch.randn(1, 1, D), None).shape == (1, D)
+
+
+def test_simple_pooling_is_softmax_of_one_score_per_token():
+    pooling = SimpleAttentionPooling(D)
+    torch.nn.init.normal_(pooling.score)
+    tokens = torch.randn(B, N, D)
+    expected = torch.stack([torch.softmax(row @ pooling.score, dim=0) @ row for row in tokens])
+    torch.testing.assert_close(pooling(tokens), expected)
+
+
+def test_simple_pooling_starts_as_the_masked_mean():
+    tokens, mask = torch.randn(B, N, D), torch.arange(N) < torch.tensor([[7], [3], [1]])
+    torch.testing.assert_close(SimpleAttentionPooling(D)(tokens, mask), masked_mean(tokens, mask))
+
+
+def test_multihead_pooling_starts_as_an_average_of_normalised_tokens_that_depends_on_the_token():
+    torch.manual_seed(0)
+    pooling = AttentionPooling(D, num_heads=4, num_queries=2)
+    token = torch.randn(1, 1, D)
+    torch.testing.assert_close(pooling(token.expand(1, N, D)), pooling.norm(token)[:, 0])
+    tokens = torch.randn(B, N, D)
+    assert (pooling(tokens) - pooling.norm(tokens).mean(dim=1)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("pooling_type", ["simple", "multihead"])
+def test_every_weight_has_a_gradient_at_the_first_step(pooling_type: str):
+    torch.manual_seed(0)
+    pooling = build_pooling(pooling_type, D)
+    (pooling(torch.randn(B, N, D)) * torch.randn(B, D)).sum().backward()
+    for name, parameter in pooling.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        if name == "attention.in_proj_bias":  # a bias of the keys cannot change a softmax
+            gradient = torch.cat([gradient[:D], gradient[2 * D :]])
+        assert gradient.norm() > 1e-4, name
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="hidden_size 30 is not divisible by num_heads 8"):
+        AttentionPooling(30)
+
+
+def test_unknown_pooling_names_those_there_are():
+    with pytest.raises(ValueError, match="simple or multihead, got 'max'"):
+        build_pooling("max", D)

@@ -1,0 +1,1 @@
+"""Training of EdgeGlass models: configuration, data, trainer, retrieval."""

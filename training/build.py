@@ -1,0 +1,101 @@
+"""From a config to the parts of a run."""
+
+from typing import Any
+
+from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from modeling_edgeglass.backbones import max_positions
+from training.config import AlignmentConfig
+from training.data import PixmoParquetImageTextDataset, build_image_datasets_from_parquet
+from training.errors import ConfigError
+from training.transforms import ImageTransform, get_image_transforms
+
+
+def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
+    """The model that a config describes, with pretrained backbones and new pooling and projections.
+
+    Raises:
+        ConfigError: A backbone does not exist or cannot be used, or a value is not possible.
+    """
+    vision, text, losses = config.vision_encoder, config.text_encoder, config.losses
+    try:
+        return EdgeGlassModel.from_vision_text_pretrained(
+            vision.model_name,
+            text.model_name,
+            vision_revision=vision.revision,
+            text_revision=text.revision,
+            projection_dim=vision.projection_dim,
+            mrl_dimensions=list(vision.mrl_dimensions),
+            vision_use_attention_pooling=vision.use_attention_pooling,
+            vision_pooling_type=vision.pooling_type,
+            vision_freeze=vision.freeze,
+            text_use_attention_pooling=text.use_attention_pooling,
+            text_pooling_type=text.pooling_type,
+            text_freeze=text.freeze,
+            contrastive_weight=losses.contrastive,
+            mrl_weight=losses.mrl,
+            sample_single_mrl_dim=losses.sample_single_mrl_dim,
+            mask_equal_captions=losses.mask_equal_captions,
+            mrl_seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_processor(config: AlignmentConfig, model: EdgeGlassModel) -> EdgeGlassProcessor:
+    """The processor that makes `model`'s inputs.
+
+    Raises:
+        ConfigError: A backbone comes without mean and std or without a tokenizer.
+    """
+    try:
+        return EdgeGlassProcessor.from_vision_text_pretrained(
+            config.vision_encoder.model_name,
+            config.text_encoder.model_name,
+            image_size=config.dataset.image_size,
+            max_text_length=config.dataset.max_text_length,
+            max_positions=max_positions(model.text_encoder.backbone),
+            vision_revision=config.vision_encoder.revision,
+            text_revision=config.text_encoder.revision,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_datasets(
+    config: AlignmentConfig, processor: EdgeGlassProcessor, seed: int
+) -> dict[str, PixmoParquetImageTextDataset]:
+    """Train and val set of a config; the test set stays untouched until `training.evaluate`."""
+    return build_image_datasets_from_parquet(
+        config.dataset,
+        train_parquet_path=config.dataset.train_parquet,
+        val_parquet_path=config.dataset.val_parquet,
+        train_transforms=image_transforms(processor, is_training=True),
+        val_transforms=image_transforms(processor, is_training=False),
+        max_text_length=processor.tokenizer.model_max_length,
+        text_dropout_prob=config.dataset.text_dropout_prob,
+        seed=seed,
+    )
+
+
+def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
+    """A saved model and its processor, from a directory or the Hub.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return EdgeGlassModel.from_pretrained(name_or_path), EdgeGlassProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name_or_path}: no EdgeGlass model: {str(error).splitlines()[0]}") from error
+
+
+def image_transforms(processor: EdgeGlassProcessor, *, is_training: bool) -> ImageTransform:
+    """Transforms whose size, mean and std are the processor's."""
+    image_processor: Any = processor.image_processor
+    return get_image_transforms(
+        image_processor.crop_size["height"],
+        is_training,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+        resample=image_processor.resample,
+    )

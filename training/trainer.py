@@ -1,0 +1,151 @@
+"""AlignmentTrainer: transformers' Trainer for pairs, evaluated by retrieval."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from modeling_edgeglass.captions import hash_captions
+from training.callbacks import AlignmentProgressCallback
+from training.data import EpochSampler, ImageTextCollator
+from training.retrieval import retrieval_metrics
+
+MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+
+
+class AlignmentTrainer(Trainer):
+    """Trains an `EdgeGlassModel` on pairs and evaluates it by retrieval.
+
+    Batches, logs, checkpoints and devices are Trainer's. Ours are the order of the samples, the draw of the
+    Matryoshka size from the step, the parts of the loss in the log, and evaluation: one encode of the whole
+    set, then the loss over all sizes and R@K both ways at every size.
+
+    Args:
+        model: The model.
+        args: As `build_training_arguments` makes them.
+        processing_class: Its tokenizer makes the batches; it is saved with every checkpoint.
+        train_dataset: Items with `image` and `text`, asked for as (epoch, index); None only evaluates.
+        eval_dataset: The same with match ids.
+        early_stopping_patience: Evaluations without a better val loss before stopping; None never stops early.
+        callbacks: Further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: EdgeGlassModel,
+        args: TrainingArguments,
+        *,
+        processing_class: EdgeGlassProcessor,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | None = None,
+        early_stopping_patience: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if early_stopping_patience is not None:
+            callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
+        super().__init__(
+            model,
+            args,
+            data_collator=ImageTextCollator(processing_class.tokenizer),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+        )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(AlignmentProgressCallback)
+        self._loss_parts = torch.zeros(3, dtype=torch.float64)  # sums of loss_clip and loss_mrl, number of batches
+
+    @property
+    def _model(self) -> EdgeGlassModel:
+        return cast(EdgeGlassModel, self.model)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), self.args.train_batch_size * self.args.world_size, seed)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Weight matrices decay; norms, biases and `logit_scale`, which have less than two axes, do not."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The alignment loss of a batch; its parts are kept for the log."""
+        outputs = model(**{key: inputs[key] for key in MODEL_INPUTS}, return_loss=True, step=self.state.global_step)
+        parts = torch.stack([outputs.loss_clip, outputs.loss_mrl, torch.ones_like(outputs.loss)]).detach()
+        self._loss_parts = self._loss_parts.to(parts.device) + parts
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with `loss_clip` and `loss_mrl` beside `loss`: means since the last log."""
+        if "loss" in logs:
+            clip, mrl, count = self.accelerator.reduce(self._loss_parts, reduction="sum").tolist()
+            logs |= {"loss_clip": clip / count, "loss_mrl": mrl / count}
+            self._loss_parts = torch.zeros_like(self._loss_parts)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Encode the set once, then measure loss and retrieval; equal on every rank, for any number of ranks."""
+        self._model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        columns = [self._encode(batch) for batch in dataloader]
+        image_embeds, text_embeds, token_hashes, *match_ids = map(torch.cat, zip(*columns, strict=True))
+        metrics = self._mean_loss(image_embeds, text_embeds, token_hashes)
+        metrics |= retrieval_metrics(image_embeds, text_embeds, self._model.config.mrl_dimensions, match_ids)
+        return EvalLoopOutput(
+            predictions=cast(Any, (image_embeds.cpu().numpy(), text_embeds.cpu().numpy())),
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(image_embeds),
+        )
+
+    @torch.no_grad()
+    def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Embeddings and ids of a batch from every rank, without the samples that only fill the last one up."""
+        batch = self._prepare_inputs(batch)
+        with self.accelerator.autocast():
+            outputs = self._model(**{key: batch[key] for key in MODEL_INPUTS})
+        columns = (
+            outputs.image_embeds,
+            outputs.text_embeds,
+            hash_captions(batch["input_ids"], batch["attention_mask"]),
+            batch["image_ids"],
+            batch["caption_ids"],
+        )
+        gathered = self.accelerator.gather_for_metrics(columns)
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return tuple(gathered)
+
+    @torch.no_grad()
+    def _mean_loss(self, image_embeds: Tensor, text_embeds: Tensor, token_hashes: Tensor) -> dict[str, float]:
+        """Loss over all sizes in fixed batches: it depends neither on the size last drawn nor on the ranks."""
+        num_batches = max(1, len(image_embeds) // self.args.per_device_eval_batch_size)
+        batches = zip(
+            *(column.tensor_split(num_batches) for column in (image_embeds, text_embeds, token_hashes)), strict=True
+        )
+        sums = torch.zeros(3, dtype=torch.float64)
+        for images, texts, hashes in batches:
+            losses = self._model.alignment_loss(
+                images,
+                texts,
+                logit_scale=self._model.capped_logit_scale(),
+                caption_ids=hashes,
+                gather_negatives=False,
+            )
+            sums += torch.stack([losses.loss, losses.loss_clip, losses.loss_mrl]).cpu() * len(images)
+        loss, loss_clip, loss_mrl = (sums / len(image_embeds)).tolist()
+        return {"loss": loss, "loss_clip": loss_clip, "loss_mrl": loss_mrl}
