@@ -46,7 +46,7 @@ def load_backbone(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = backbone_config(AutoConfig.from_pretrained(name_or_path, **hub), modality)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{modality} tower {name_or_path!r} is neither a model directory here nor one on the Hub: {reason}"

@@ -114,4 +114,6 @@ class TextEncoder(_Encoder):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         tokens, pooler_output = self._run_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        if self.backbone.config.model_type.startswith("siglip"):
+            pooler_output = None  # it reads the last token even where that is padding
         return self.embed(self._pool(tokens, pooler_output, attention_mask))

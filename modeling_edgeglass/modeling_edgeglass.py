@@ -20,6 +20,16 @@ from .pooling import AttentionPooling, SimpleAttentionPooling
 # CLIP (arXiv:2103.00020, sec. 2.5) caps the scale at 100; above it training diverges.
 MAX_LOGIT_SCALE = 100.0
 
+# Sets of names that `PreTrainedModel.post_init` collects from the children of a model.
+_INHERITED_SETS = (
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
+)
+
 
 @dataclass
 class EdgeGlassOutput(ModelOutput):
@@ -117,6 +127,20 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             seed=config.mrl_seed,
         )
         self.post_init()
+
+    def post_init(self) -> None:
+        """As for any model. What transformers asks the children of a model for, the towers take from their backbone.
+
+        Without it a T5 backbone would lose its tied embedding when loaded, and its float32 layers in fp16.
+        """
+        for encoder in (self.vision_encoder, self.text_encoder):
+            backbone = encoder.backbone
+            for name in _INHERITED_SETS:
+                setattr(encoder, name, getattr(backbone, name))
+            tied = backbone.all_tied_weights_keys.items()
+            encoder.all_tied_weights_keys = {f"backbone.{key}": f"backbone.{source}" for key, source in tied}
+            encoder._keys_to_ignore_on_save = {f"backbone.{key}" for key in backbone._keys_to_ignore_on_save}
+        super().post_init()
 
     @classmethod
     def from_vision_text_pretrained(

@@ -92,7 +92,7 @@ class EdgeGlassProcessor(ProcessorMixin):
             ) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(text, **text_hub)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"text tower {text!r} has no tokenizer") from error
         if image_size is None:
             config = backbone_config(AutoConfig.from_pretrained(vision, **vision_hub), "vision")

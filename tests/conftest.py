@@ -17,7 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, EfficientNetConfig, PreTrainedTokenizerFast, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel
@@ -43,6 +43,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
+
+
+def tiny_efficientnet() -> EfficientNetConfig:
+    """With weights large enough that a signal passes through the random network."""
+    return EfficientNetConfig(width_coefficient=0.025, depth_coefficient=0.1, hidden_dim=32, initializer_range=0.5)
 
 
 @pytest.fixture(scope="session")

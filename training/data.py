@@ -79,7 +79,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         self.text_dropout_prob = text_dropout_prob
         self.seed = seed
         self.with_match_ids = with_match_ids
-        columns = _read_schema(self.files[0]).names
+        columns = _read_metadata(self.files[0]).schema.to_arrow_schema().names
         self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, columns, self.files[0])
         self.caption_column = _find_column("caption", caption_column, CAPTION_COLUMNS, columns, self.files[0])
         self.sample_id_column = None
@@ -92,14 +92,15 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
     def _load_rows(self) -> datasets.Dataset:
         columns = [self.image_column, self.caption_column]
         columns += [self.sample_id_column] if self.sample_id_column is not None else []
+        files_with_rows = [file for file in self.files if _read_metadata(file).num_rows > 0]
+        if not files_with_rows:
+            raise DataError(f"{', '.join(self.files)}: no rows")
         try:
-            rows = datasets.Dataset.from_parquet(self.files, columns=columns)
+            rows = datasets.Dataset.from_parquet(files_with_rows, columns=columns)
         except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise DataError(f"{', '.join(self.files)}: cannot be read: {reason}") from error
         assert isinstance(rows, datasets.Dataset)
-        if len(rows) == 0:
-            raise DataError(f"{', '.join(self.files)}: no rows")
         feature = rows.features[self.image_column]
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
@@ -304,9 +305,9 @@ def find_parquet_files(parquet_path: ParquetPath) -> list[str]:
     return files
 
 
-def _read_schema(file: str) -> pyarrow.Schema:
+def _read_metadata(file: str) -> pyarrow.parquet.FileMetaData:
     try:
-        return pyarrow.parquet.read_schema(file)
+        return pyarrow.parquet.read_metadata(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: is no parquet file: {str(error).splitlines()[0]}") from error
 

@@ -83,7 +83,8 @@ def get_image_transforms(
 def center_box(size: tuple[int, int], image_size: int) -> Box:
     """The part of a picture (width, height) that is left when its shorter edge is resized and its centre cropped.
 
-    In the numbers of CLIP's image processor, so that one resize of this box gives the same pixels.
+    In the numbers of CLIP's image processor: one resize of this box gives its pixels, to a rounding of 8 bits,
+    and never makes the whole resized picture, which is huge where one edge is much longer than the other.
     """
     width, height = size
     short = min(size)

@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.images import decode_image
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def pixel(data: bytes, x: int = 0, y: int = 0) -> tuple[int, int, int]:
+    image = decode_image(data)
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def test_transparent_pictures_lie_on_white():
+    assert pixel(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG")) == (255, 255, 255)
+    assert pixel(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 255)), "PNG")) == (255, 0, 0)
+    assert pixel(encode(Image.new("LA", (4, 4), (0, 0)), "PNG")) == (255, 255, 255)
+    red, green, blue = pixel(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "WEBP", lossless=True))
+    assert red == green == blue
+    assert abs(red - 127) <= 1
+
+
+def test_a_transparent_palette_colour_lies_on_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    data = encode(image, "PNG", transparency=0)
+    assert pixel(data) == (255, 255, 255)
+    assert pixel(data, x=1) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int):
+    upright = Image.new("RGB", (6, 4), "white")
+    upright.paste((255, 0, 0), (0, 0, 3, 2))
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(np.array(decode_image(encode(stored, "PNG", exif=exif))), np.array(upright))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_its_brightness(format: str):
+    ramp = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    image = decode_image(encode(Image.fromarray(ramp), format))
+    expected = np.round(ramp / 257)
+    assert np.abs(np.array(image)[..., 0] - expected).max() <= 1
+
+
+def test_float_pictures_fill_their_own_range():
+    image = decode_image(encode(Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
+def test_cmyk_grey_and_bilevel_become_rgb():
+    red, green, blue = pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert red > 240
+    assert green < 20
+    assert blue < 20
+    assert pixel(encode(Image.new("L", (4, 4), 77), "PNG")) == (77, 77, 77)
+    assert pixel(encode(Image.new("1", (4, 4), 1), "PNG")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken(format: str):
+    first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(first, format, save_all=True, append_images=[second], duration=100, **options)
+    assert pixel(data) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 100])
+def test_a_broken_picture_is_an_error(damage):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    with pytest.raises((OSError, ValueError, SyntaxError)):
+        decode_image(damage(encode(Image.fromarray(noise), "PNG")))
