@@ -1,7 +1,8 @@
 """EdgeGlassModel: two towers, one Matryoshka space."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -135,11 +136,15 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         """
         for encoder in (self.vision_encoder, self.text_encoder):
             backbone = encoder.backbone
-            for name in _INHERITED_SETS:
-                setattr(encoder, name, getattr(backbone, name))
-            tied = backbone.all_tied_weights_keys.items()
-            encoder.all_tied_weights_keys = {f"backbone.{key}": f"backbone.{source}" for key, source in tied}
-            encoder._keys_to_ignore_on_save = {f"backbone.{key}" for key in backbone._keys_to_ignore_on_save}
+            handed_up: dict[str, Any] = {name: getattr(backbone, name) for name in _INHERITED_SETS}
+            handed_up["all_tied_weights_keys"] = {
+                f"backbone.{key}": f"backbone.{source}" for key, source in backbone.all_tied_weights_keys.items()
+            }
+            handed_up["_keys_to_ignore_on_save"] = {
+                f"backbone.{key}" for key in backbone._keys_to_ignore_on_save or ()
+            }
+            for name, value in handed_up.items():
+                setattr(encoder, name, value)
         super().post_init()
 
     @classmethod
@@ -168,6 +173,12 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         Raises:
             ValueError: A backbone does not exist or cannot be used, or a field has no possible value.
         """
+        known = {field.name for field in fields(EdgeGlassConfig)}
+        if unknown := sorted(set(config) - known):
+            nearest = get_close_matches(unknown[0], known, n=2)
+            raise ValueError(
+                f"there is no config field {unknown[0]!r}; did you mean {' or '.join(nearest) or 'another'}?"
+            )
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
         vision_backbone = load_backbone("vision", vision, revision=vision_revision, **hub)
         text_backbone = load_backbone("text", text, revision=text_revision, **hub)

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, EfficientNetConfig, PreTrainedTokenizerFast, ViTConfig, ViTModel
@@ -101,8 +102,9 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def picture(caption: str, size: int = 24) -> bytes:
-    """A PNG whose pixels are noise that the caption decides."""
-    return png(Image.frombytes("RGB", (size, size), random.Random(caption).randbytes(3 * size * size)))
+    """A PNG of nine coloured squares that the caption decides; a crop of it can still be told from another."""
+    squares = Image.frombytes("RGB", (3, 3), random.Random(caption).randbytes(27))
+    return png(squares.resize((size, size), Image.Resampling.NEAREST))
 
 
 def png(image: Image.Image) -> bytes:
@@ -120,4 +122,27 @@ def write_pairs(path: Path, num_rows: int, first: int = 0) -> Path:
         "sample_id": [f"id-{i}" for i in range(first, first + num_rows)],
     }
     pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=4)
+    return path
+
+
+@pytest.fixture
+def run_config(vision_dir: str, text_dir: str, tmp_path: Path) -> Path:
+    """The YAML of a tiny run: 20 training pairs, 10 val pairs, D = 64, batches of 4."""
+    write_pairs(tmp_path / "train.parquet", 20)
+    write_pairs(tmp_path / "val.parquet", 10, first=20)
+    encoder = {"projection_dim": 64, "mrl_dimensions": [32, 16]}
+    config = {
+        "dataset": {
+            "train_parquet": f"{tmp_path}/train.parquet",
+            "val_parquet": f"{tmp_path}/val.parquet",
+            "batch_size": 4,
+            "max_text_length": 32,
+        },
+        "vision_encoder": {"model_name": vision_dir, **encoder},
+        "text_encoder": {"model_name": text_dir, **encoder},
+        "optimization": {"lr": 0.01},
+        "trainer": {"output_dir": f"{tmp_path}/run", "epochs": 2, "logging_steps": 1, "use_cpu": True},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path

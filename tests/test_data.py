@@ -22,6 +22,7 @@ from training.data import (
     drop_caption,
 )
 from training.errors import DataError
+from training.images import decode_image
 from training.randomness import keyed_rng
 from training.transforms import get_image_transforms
 
@@ -43,10 +44,7 @@ def test_an_item_is_the_row(tmp_path: Path):
     item = dataset[4]
     assert item["text"] == "purple dot number 4"
     assert item["sample_id"] == "id-4"
-    expected = EVAL(
-        Image.frombytes("RGB", (24, 24), random.Random(item["text"]).randbytes(3 * 24 * 24)), random.Random()
-    )
-    assert torch.equal(item["image"], expected)
+    assert torch.equal(item["image"], EVAL(decode_image(picture(item["text"])), random.Random()))
 
 
 @pytest.mark.parametrize("layout", ["image_bytes", "image", "jpg", "struct", "datasets"])
@@ -66,9 +64,7 @@ def test_columns_are_found_by_name(layout: str, caption_column: str, tmp_path: P
     item = open_pairs(tmp_path / "a.parquet")[1]
     assert item["text"] == "two"
     assert item["sample_id"] == "1"  # no such column: the row number
-    assert torch.equal(
-        item["image"], EVAL(Image.frombytes("RGB", (24, 24), random.Random("two").randbytes(1728)), None)
-    )
+    assert torch.equal(item["image"], EVAL(decode_image(picture("two")), random.Random()))
 
 
 def test_columns_can_be_named(tmp_path: Path):

@@ -193,6 +193,13 @@ def test_impossible_configs_are_errors(change: dict, message: str):
         EdgeGlassConfig(**({"projection_dim": 64, "mrl_dimensions": [16]} | change))
 
 
+def test_a_misspelt_config_field_is_an_error(vision_dir: str, text_dir: str):
+    with pytest.raises(
+        ValueError, match="there is no config field 'pooling_type'; did you mean text_pooling_type or vis"
+    ):
+        EdgeGlassModel.from_vision_text_pretrained(vision_dir, text_dir, pooling_type="multihead")
+
+
 def test_config_survives_saving(config: EdgeGlassConfig, tmp_path):
     config.save_pretrained(tmp_path)
     loaded = EdgeGlassConfig.from_pretrained(tmp_path)

@@ -1,0 +1,143 @@
+"""The commands, as a user starts them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from tests.conftest import write_pairs
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+METRICS = {f"val/{way}_r{k}{size}" for way in ("i2t", "t2i") for k in (1, 5, 10) for size in ("", "@32", "@16")}
+
+
+def start(*command: object, expect_success: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode == 0) == expect_success, done.stdout + done.stderr
+    return done
+
+
+def run_alignment(config: Path, *overrides: str, **options) -> subprocess.CompletedProcess[str]:
+    return start(sys.executable, "run_alignment.py", "--config", config, *overrides, **options)
+
+
+@pytest.fixture
+def finished(run_config: Path) -> Path:
+    """Output directory of a run that `accelerate launch` started."""
+    done = start(BIN / "accelerate", "launch", "run_alignment.py", "--config", run_config)
+    assert "dimension | i2t R@1" in done.stdout
+    return run_config.parent / "run"
+
+
+def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finished: Path, run_config: Path):
+    metrics = json.loads((finished / "final_metrics.json").read_text())
+    assert set(metrics) >= METRICS | {"val/loss", "val/loss_clip", "val/loss_mrl", "train/loss", "train/runtime"}
+    assert (finished / "config.yaml").exists()
+
+    model = EdgeGlassModel.from_pretrained(finished / "model")
+    processor = EdgeGlassProcessor.from_pretrained(finished / "model")
+    embeds = model.get_text_features(**processor(text="red dot"), truncate_dim=16)
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(1))
+
+    val = finished.parent / "val.parquet"
+    command = ("-m", "training.evaluate", finished / "model", val, "--batch-size", 4, "--split", "val")
+    done = start(sys.executable, *command)
+    assert "dimension | i2t R@1" in done.stdout
+    again = json.loads((finished / "val_metrics.json").read_text())
+    for name in METRICS | {"val/loss"}:
+        assert again[name] == pytest.approx(metrics[name], rel=1e-5), name
+
+    refused = run_alignment(run_config, expect_success=False)
+    assert refused.stderr.strip().splitlines()[-1] == (
+        f"error: {finished} holds a finished run; set trainer.output_dir to another directory, or remove this one"
+    )
+    assert json.loads((finished / "final_metrics.json").read_text()) == metrics
+
+    missing = start(sys.executable, "-m", "training.evaluate", finished, val, expect_success=False)
+    assert missing.stderr.strip().splitlines()[-1].startswith(f"error: {finished}: no EdgeGlass model")
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(run_config: Path):
+    whole, cut = (f"trainer.output_dir={run_config.parent}/{name}" for name in ("whole", "cut"))
+    run_alignment(run_config, whole)
+    folder = run_config.parent / "cut"
+    run_alignment(run_config, cut)
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoint-10")
+    (folder / "final_metrics.json").unlink()
+    assert (folder / "checkpoint-5").exists()
+    run_alignment(run_config, cut)
+    expected, resumed = (load_file(run_config.parent / name / "model/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_torchrun_starts_one_run_of_two_ranks(run_config: Path):
+    torchrun = (BIN / "torchrun", "--nproc_per_node", 2, "run_alignment.py", "--config", run_config)
+    done = start(*torchrun, "trainer.max_steps=2")
+    assert done.stdout.count("dimension | i2t R@1") == 1  # rank 0 speaks
+    folder = run_config.parent / "run"
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.0  # 20 pairs are two steps of two ranks with four pairs each, and a rest
+    assert {path.name for path in (folder / "checkpoint-2").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    alone = run_config.parent / "alone"
+    run_alignment(run_config, "trainer.max_steps=2", "dataset.batch_size=8", f"trainer.output_dir={alone}",
+                  "trainer.per_device_eval_batch_size=4")  # fmt: skip
+    two, one = (json.loads((path / "final_metrics.json").read_text()) for path in (folder, alone))
+    for name in METRICS | {"val/loss", "train/loss"}:
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
+    two, one = (load_file(path / "model/model.safetensors") for path in (folder, alone))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_processes_that_would_each_train_alone_are_refused(run_config: Path):
+    if torch.accelerator.is_available():
+        pytest.skip("with an accelerator the processes form a group")
+    torchrun = (BIN / "torchrun", "--nproc_per_node", 2, "run_alignment.py", "--config", run_config)
+    done = start(*torchrun, "trainer.use_cpu=false", expect_success=False)
+    assert "error: 2 processes were started, but each would train alone" in done.stderr
+    assert not (run_config.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("vision_encoder.model_name=none/such", "error: vision tower 'none/such' is neither a model directory here"),
+        ("vision_encoder.pooling_type=max", "error: pooling_type must be one of simple, multihead, got 'max'"),
+        ("dataset.val_parquet=none.parquet", "error: none.parquet: no such file"),
+        ("optimization.lrr=1", "error: optimization.lrr=1: there is no key 'optimization.lrr'; did you mean 'lr'?"),
+    ],
+)
+def test_mistakes_end_in_one_line(run_config: Path, override: str, message: str):
+    done = run_alignment(run_config, override, expect_success=False)
+    assert done.stderr.strip().splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_val_set_of_one_pair_ends_in_one_line(run_config: Path):
+    one = write_pairs(run_config.parent / "one.parquet", 1)
+    done = run_alignment(run_config, f"dataset.val_parquet={one}", expect_success=False)
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"error: {one}: one pair is no val set: retrieval needs two or more"
+    )
+
+
+def test_help_helps():
+    done = start(sys.executable, "run_alignment.py", "--help")
+    assert "--config" in done.stdout
+    assert "key=value" in done.stdout
+    assert "MODEL" in start(sys.executable, "-m", "training.evaluate", "--help").stdout.upper()
