@@ -1,0 +1,37 @@
+"""The code in the documents runs, and its paths and commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+
+
+def python_blocks() -> list[str]:
+    return [block for path in DOCUMENTS for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_python_blocks_run(block: str, vision_dir: str, text_dir: str, tmp_path: Path, monkeypatch):
+    """With tiny towers in the places of those that `make demo` prepares and trains."""
+    monkeypatch.chdir(ROOT)
+    model = EdgeGlassModel.from_vision_text_pretrained(vision_dir, text_dir, projection_dim=256, mrl_dimensions=[128])
+    model.save_pretrained(tmp_path)
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path)
+    for path, stand_in in (
+        ("outputs/demo/model", tmp_path),
+        ("examples/towers/efficientnet-lite0", vision_dir),
+        ("examples/towers/all-minilm-l6-v2", text_dir),
+    ):
+        block = block.replace(path, str(stand_in))
+    exec(compile(block, "document", "exec"), {})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_what_the_documents_link_to_exists(path: Path):
+    links = re.findall(r"\]\((?!http|#)([^)#]+)\)", path.read_text())
+    assert all((path.parent / link).exists() for link in links)
