@@ -2,9 +2,11 @@
 
     accelerate launch run_alignment.py --config configs/demo.yaml trainer.epochs=3
 
-Any key of the config can be set behind it as key=value. A run that was cut off goes on from its last
-checkpoint when it is started again. The output directory gets config.yaml as resolved, checkpoints, the best
-model with its processor in model/, and final_metrics.json.
+Any key of the config can be set behind it as key=value. The output directory gets config.yaml as resolved,
+checkpoints, the best model with its processor in model/, and final_metrics.json.
+
+A run that was cut off goes on from its newest whole checkpoint when the same command is given again, and ends with
+the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json and exits with status 75.
 """
 
 import argparse
@@ -20,27 +22,36 @@ def main() -> None:
     # Tokenizers in forked workers would each warn that they no longer run in parallel, as is right for workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        align(load_config(options.config, options.overrides))
+        sys.exit(align(load_config(options.config, options.overrides)))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def align(config: AlignmentConfig) -> None:
+def align(config: AlignmentConfig) -> int:
+    """Train, evaluate, save; returns the exit status of the process."""
     # torch and transformers take seconds to import; neither --help nor a typo in the config waits for them.
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from training.arguments import build_training_arguments
     from training.build import build_datasets, build_model, build_processor
     from training.callbacks import logged_names
     from training.cpu import prepare_cpu
-    from training.results import FINAL_METRICS, refuse_finished_run, save_metrics, save_model
+    from training.identity import run_identity
+    from training.results import (
+        CONFIG,
+        FINAL_METRICS,
+        PREEMPTED_STATUS,
+        checkpoint_to_resume,
+        clear_marks,
+        mark_preempted,
+        save_metrics,
+        save_model,
+    )
     from training.tables import recall_table
     from training.trainer import AlignmentTrainer
 
     args = build_training_arguments(config)
     output_dir = str(args.output_dir)
-    refuse_finished_run(output_dir)
     prepare_cpu(args)
     set_seed(args.seed)
 
@@ -48,6 +59,8 @@ def align(config: AlignmentConfig) -> None:
     processor = build_processor(config, model)
     with args.main_process_first(desc="convert the parquet files"):
         datasets = build_datasets(config, processor, args.seed)
+    identity = run_identity(config, model, datasets, args.world_size)
+    checkpoint = checkpoint_to_resume(config, identity)
 
     trainer = AlignmentTrainer(
         model,
@@ -56,10 +69,19 @@ def align(config: AlignmentConfig) -> None:
         train_dataset=datasets["train"],
         eval_dataset=datasets["val"],
         early_stopping_patience=config.optimization.early_stopping_patience,
+        identity=identity,
+        on_nan=config.optimization.on_nan,
     )
+    trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
     if args.should_save:
-        save_config(config, f"{output_dir}/config.yaml")
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+        clear_marks(output_dir)
+        save_config(config, f"{output_dir}/{CONFIG}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.preempted:
+        if args.should_save:
+            mark_preempted(output_dir, trainer.state.global_step)
+        print(f"stopped by a signal after step {trainer.state.global_step}; the same command goes on from there")
+        return PREEMPTED_STATUS
 
     metrics = logged_names(result.metrics | trainer.evaluate())
     if args.should_save:
@@ -68,6 +90,7 @@ def align(config: AlignmentConfig) -> None:
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
         print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
     trainer.accelerator.end_training()
+    return 0
 
 
 def parse_options() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """EdgeGlassModel: two towers, one Matryoshka space."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -216,6 +217,24 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             truncate_dim: Numbers kept of each embedding, 1..projection_dim; None keeps all.
         """
         return truncate_embeds(self.text_encoder(input_ids, attention_mask), truncate_dim)
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The weights that training changes: all but those of frozen backbones."""
+        frozen = tuple(f"{name}.backbone." for name, encoder in self._encoders() if encoder.freeze)
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen or ("-",))}
+
+    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `trained_state_dict` gave.
+
+        Raises:
+            ValueError: A weight is missing or is none of this model's.
+        """
+        if wrong := sorted(set(state) ^ set(self.trained_state_dict())):
+            raise ValueError(f"the weights are not this model's: {wrong[0]} and {len(wrong) - 1} others differ")
+        self.load_state_dict(state, strict=False)
+
+    def _encoders(self) -> tuple[tuple[str, VisionEncoder], tuple[str, TextEncoder]]:
+        return ("vision_encoder", self.vision_encoder), ("text_encoder", self.text_encoder)
 
     def capped_logit_scale(self) -> Tensor:
         """1 / temperature, at most 100."""

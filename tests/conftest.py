@@ -24,6 +24,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel
 
 transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny: threads would mostly wait for each other
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE_SIZE = 32  # pixels

@@ -199,9 +199,9 @@ def test_cutting_words_never_takes_a_token_that_fits(tmp_path: Path):
 def test_a_batch_is_padded_to_its_longest_caption_and_cut_to_the_tokenizers_length():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 9
-    items = [{"image": torch.zeros(3, 2, 2), "text": text} for text in ("ab", "", "abcdefghijklmn")]
+    items = [{"image": torch.zeros(3, 2, 2), "text": text, "sample_id": text} for text in ("ab", "", "abcdefghijklmn")]
     batch = ImageTextCollator(tokenizer)(items)
-    assert sorted(batch) == ["attention_mask", "input_ids", "pixel_values"]
+    assert sorted(batch) == ["attention_mask", "input_ids", "pixel_values", "sample_ids"]
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, 2, 9]
     assert batch["pixel_values"].shape == (3, 3, 2, 2)
     assert ImageTextCollator(tokenizer)(items[:1])["input_ids"].shape == (1, 4)

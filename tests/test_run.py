@@ -60,7 +60,8 @@ def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finish
 
     refused = run_alignment(run_config, expect_success=False)
     assert refused.stderr.strip().splitlines()[-1] == (
-        f"error: {finished} holds a finished run; set trainer.output_dir to another directory, or remove this one"
+        f"error: {finished} holds a finished run; raise trainer.epochs to extend it, set trainer.output_dir to "
+        "another directory, or remove this one"
     )
     assert json.loads((finished / "final_metrics.json").read_text()) == metrics
 
@@ -89,9 +90,9 @@ def test_torchrun_starts_one_run_of_two_ranks(run_config: Path):
     folder = run_config.parent / "run"
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.0  # 20 pairs are two steps of two ranks with four pairs each, and a rest
-    assert {path.name for path in (folder / "checkpoint-2").glob("rng_state*")} == {
-        "rng_state_0.pth",
-        "rng_state_1.pth",
+    assert {path.name for path in (folder / "checkpoint-2").glob("progress*")} == {
+        "progress_0.json",
+        "progress_1.json",
     }
     alone = run_config.parent / "alone"
     run_alignment(run_config, "trainer.max_steps=2", "dataset.batch_size=8", f"trainer.output_dir={alone}",

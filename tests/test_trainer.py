@@ -4,28 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from training.arguments import build_training_arguments
-from training.build import build_datasets, build_model, build_processor
-from training.config import load_config
+from tests.runs import make_trainer
 from training.retrieval import retrieval_metrics
 from training.trainer import AlignmentTrainer
-
-
-def make_trainer(run_config: Path, *overrides: str) -> AlignmentTrainer:
-    config = load_config(run_config, overrides)
-    args = build_training_arguments(config)
-    torch.manual_seed(args.seed)
-    model = build_model(config, args.seed)
-    processor = build_processor(config, model)
-    data = build_datasets(config, processor, args.seed)
-    return AlignmentTrainer(
-        model,
-        args,
-        processing_class=processor,
-        train_dataset=data["train"],
-        eval_dataset=data["val"],
-        early_stopping_patience=config.optimization.early_stopping_patience,
-    )
 
 
 def train_logs(trainer: AlignmentTrainer) -> list[dict[str, Any]]:

@@ -41,6 +41,8 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     """
     options = dict(config.trainer)
     epochs = options.pop("epochs", 3)
+    if options.pop("resume", "auto") not in ("auto", "never"):
+        raise ConfigError(f"trainer.resume: wants auto or never, got {config.trainer['resume']!r}")
     _check_type("trainer.epochs", epochs, float)
     _check_options(options)
     eval_strategy = options.get("eval_strategy", "epoch")
@@ -55,6 +57,7 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # it would hide a loss that is NaN
         "lr_scheduler_type": "cosine",
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
         "per_device_eval_batch_size": config.dataset.batch_size,
         "ddp_find_unused_parameters": False if both_frozen else None,  # a trained backbone may have a spare pooler
         **_device_options(),
@@ -121,7 +124,7 @@ def _check_options(options: dict[str, Any]) -> None:
         if key in _SET_ELSEWHERE:
             raise ConfigError(f"trainer.{key}: {_SET_ELSEWHERE[key]}")
         if key not in names:
-            nearest = difflib.get_close_matches(key, [*names, "epochs"], n=1)
+            nearest = difflib.get_close_matches(key, [*names, "epochs", "resume"], n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "see transformers.TrainingArguments"
             raise ConfigError(f"trainer.{key}: there is no such key; {hint}")
         if value is False and "Strategy" in str(hints[key]):

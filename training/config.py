@@ -75,6 +75,7 @@ class OptimizationConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     warmup_ratio: float = 0.1  # 0..1, share of the steps
+    on_nan: str = "stop"  # a loss or gradient that is NaN or infinite: stop the run | skip the step
     early_stopping_patience: int | None = None  # evaluations without a lower val loss before stopping; None: never
 
 
@@ -87,7 +88,7 @@ class AlignmentConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     losses: LossesConfig = field(default_factory=LossesConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)  # epochs, output_dir, any field of TrainingArguments
+    trainer: dict[str, Any] = field(default_factory=dict)  # epochs, output_dir, resume, fields of TrainingArguments
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> AlignmentConfig:
@@ -164,5 +165,7 @@ def _check(config: Any, origin: str) -> None:
         raise ConfigError(
             f"{origin}: optimization.warmup_ratio must be in 0..1, got {config.optimization.warmup_ratio}"
         )
+    if config.optimization.on_nan not in ("stop", "skip"):
+        raise ConfigError(f"{origin}: optimization.on_nan must be stop or skip, got {config.optimization.on_nan!r}")
     if "output_dir" not in config.trainer:
         raise ConfigError(f"{origin}: trainer.output_dir is not set")

@@ -213,12 +213,12 @@ class ImageTextCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Batch `items`.
 
         Returns:
-            `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L); where the items have them also
-            `image_ids` and `caption_ids` (B,).
+            `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L), `sample_ids`; where the items have
+            them also `image_ids` and `caption_ids` (B,).
         """
         texts = self.tokenizer(
             [item["text"] for item in items],
@@ -227,7 +227,8 @@ class ImageTextCollator:
             return_token_type_ids=False,
             return_tensors="pt",
         )
-        batch = {"pixel_values": torch.stack([item["image"] for item in items]), **texts}
+        batch: dict[str, Any] = {"pixel_values": torch.stack([item["image"] for item in items]), **texts}
+        batch["sample_ids"] = [item["sample_id"] for item in items]
         if "image_id" in items[0]:
             batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
             batch["caption_ids"] = torch.tensor([item["caption_id"] for item in items])

@@ -11,3 +11,11 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file, a column or a row."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or belongs to another run."""
+
+
+class SickTrainingError(UserError):
+    """A loss or gradient is NaN or infinite."""

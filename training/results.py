@@ -1,27 +1,60 @@
-"""What a run leaves in its output directory."""
+"""What a run finds and leaves in its output directory."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from training.checkpoints import newest_checkpoint
+from training.config import AlignmentConfig, load_config
 from training.errors import ConfigError
+from training.identity import check_same_run
 
+CONFIG = "config.yaml"
 FINAL_METRICS = "final_metrics.json"
 MODEL_FOLDER = "model"
+PREEMPTED = "preempted.json"
+PREEMPTED_STATUS = 75  # of the process: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
-def refuse_finished_run(output_dir: str | os.PathLike[str]) -> None:
-    """Stop before a finished run would be written over.
+def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that a run goes on from; None where it starts anew.
 
     Raises:
-        ConfigError: `output_dir` holds one.
+        ConfigError: The run is finished, or `trainer.resume` is never and the directory is not empty.
+        CheckpointError: The directory holds a run with other settings.
     """
-    if (Path(output_dir) / FINAL_METRICS).exists():
+    output_dir = Path(config.trainer["output_dir"])
+    if config.trainer.get("resume", "auto") == "never" and output_dir.exists() and any(output_dir.iterdir()):
+        raise ConfigError(f"{output_dir} is not empty, and trainer.resume=never starts only in an empty directory")
+    checkpoint = newest_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_same_run(checkpoint, identity)
+    if (output_dir / FINAL_METRICS).exists() and not (checkpoint and _is_longer(config, output_dir)):
         raise ConfigError(
-            f"{output_dir} holds a finished run; set trainer.output_dir to another directory, or remove this one"
+            f"{output_dir} holds a finished run; raise trainer.epochs to extend it, set trainer.output_dir to "
+            "another directory, or remove this one"
         )
+    return checkpoint
+
+
+def _is_longer(config: AlignmentConfig, output_dir: Path) -> bool:
+    """Whether a config asks for more than the finished run in a directory did."""
+    finished = load_config(output_dir / CONFIG).trainer
+    return any(config.trainer.get(key, 0) > finished.get(key, 0) for key in ("epochs", "max_steps"))
+
+
+def clear_marks(output_dir: str | os.PathLike[str]) -> None:
+    """A run that goes on is neither finished nor preempted."""
+    for name in (FINAL_METRICS, PREEMPTED):
+        (Path(output_dir) / name).unlink(missing_ok=True)
+
+
+def mark_preempted(output_dir: str | os.PathLike[str], step: int) -> None:
+    """Leave word that the run was stopped by a signal after it had saved, and goes on when it is started again."""
+    save_metrics({"step": step}, Path(output_dir) / PREEMPTED)
 
 
 def save_model(model: EdgeGlassModel, processor: EdgeGlassProcessor, output_dir: str | os.PathLike[str]) -> None:

@@ -1,24 +1,25 @@
 """AlignmentTrainer: transformers' Trainer for pairs, evaluated by retrieval."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.captions import hash_captions
 from training.callbacks import AlignmentProgressCallback
-from training.data import EpochSampler, ImageTextCollator
+from training.data import ImageTextCollator
+from training.recovery import RecoverableTrainer
 from training.retrieval import retrieval_metrics
 
 MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(RecoverableTrainer):
     """Trains an `EdgeGlassModel` on pairs and evaluates it by retrieval.
 
     Batches, logs, checkpoints and devices are Trainer's. Ours are the order of the samples, the draw of the
@@ -33,6 +34,7 @@ class AlignmentTrainer(Trainer):
         eval_dataset: The same with match ids.
         early_stopping_patience: Evaluations without a better val loss before stopping; None never stops early.
         callbacks: Further callbacks.
+        identity: As in `RecoverableTrainer`; so is `on_nan`.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class AlignmentTrainer(Trainer):
         eval_dataset: Dataset[Any] | None = None,
         early_stopping_patience: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        identity: Mapping[str, Any] | None = None,
+        on_nan: str = "stop",
     ) -> None:
         if early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
@@ -56,6 +60,8 @@ class AlignmentTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=list(callbacks),
+            identity=identity,
+            on_nan=on_nan,
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AlignmentProgressCallback)
@@ -65,10 +71,22 @@ class AlignmentTrainer(Trainer):
     def _model(self) -> EdgeGlassModel:
         return cast(EdgeGlassModel, self.model)
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
-        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), self.args.train_batch_size * self.args.world_size, seed)
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The model's weights but for frozen backbones, which the run's identity names instead."""
+        return self._model.trained_state_dict()
+
+    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take them up."""
+        self._model.load_trained_state_dict(state)
+
+    def progress(self) -> dict[str, Any]:
+        """As in `RecoverableTrainer`, with the sums of the parts of the loss."""
+        return super().progress() | {"loss_parts": self._loss_parts.tolist()}
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """Take it up."""
+        super().load_progress(progress)
+        self._loss_parts = torch.tensor(progress["loss_parts"], dtype=torch.float64)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weight matrices decay; norms, biases and `logit_scale`, which have less than two axes, do not."""
@@ -79,8 +97,9 @@ class AlignmentTrainer(Trainer):
     ) -> Any:
         """The alignment loss of a batch; its parts are kept for the log."""
         outputs = model(**{key: inputs[key] for key in MODEL_INPUTS}, return_loss=True, step=self.state.global_step)
-        parts = torch.stack([outputs.loss_clip, outputs.loss_mrl, torch.ones_like(outputs.loss)]).detach()
-        self._loss_parts = self._loss_parts.to(parts.device) + parts
+        parts = torch.stack([outputs.loss_clip, outputs.loss_mrl, torch.ones_like(outputs.loss)]).detach().double()
+        if self.on_nan == "stop" or parts.isfinite().all():
+            self._loss_parts = self._loss_parts.to(parts.device) + parts
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -116,6 +135,7 @@ class AlignmentTrainer(Trainer):
     @torch.no_grad()
     def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Embeddings and ids of a batch from every rank, without the samples that only fill the last one up."""
+        self.stop_evaluation_if_preempted()
         batch = self._prepare_inputs(batch)
         with self.accelerator.autocast():
             outputs = self._model(**{key: batch[key] for key in MODEL_INPUTS})

@@ -1,0 +1,365 @@
+"""RecoverableTrainer: an interrupted run ends with the bits of an uninterrupted one."""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from training.checkpoints import (
+    aside_path,
+    begin_checkpoint,
+    checkpoint_path,
+    clear_write_errors,
+    find_defect,
+    newest_checkpoint,
+    publish_checkpoint,
+    remove_old_checkpoints,
+)
+from training.data import EpochSampler
+from training.errors import SickTrainingError
+from training.randomness import keyed_rng
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, PROGRESS = "trained_weights.safetensors", "progress_{rank}.json"
+
+
+class RecoverableTrainer(Trainer):
+    """Trainer with exact resume, checkpoints that are whole or not there, and an orderly end on SIGTERM.
+
+    - Samples come in the order of `EpochSampler`, and the global generators are seeded anew for every batch from
+      (seed, step, batch of the step, rank): dropout in a trained tower does not depend on what was drawn before.
+    - A checkpoint also has what Trainer keeps in memory between two logs, and an evaluation that was due.
+    - SIGTERM or SIGINT on any rank: all ranks agree in the one collective of a step, save, and stop; `preempted`
+      is then true. A second SIGINT stops at once.
+    - A loss or gradient that is NaN or infinite stops the run, or drops the step.
+
+    Subclasses say which weights a checkpoint holds.
+
+    Args:
+        identity: What must not change between the sessions of a run, as JSON can hold it.
+        on_nan: `"stop"` or `"skip"`.
+        *args, **kwargs: Trainer's.
+    """
+
+    def __init__(
+        self, *args: Any, identity: Mapping[str, Any] | None = None, on_nan: str = "stop", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan must be stop or skip, got {on_nan!r}")
+        self.identity = dict(identity or {})
+        self.on_nan = on_nan
+        self.args.logging_nan_inf_filter = on_nan == "skip"  # the log then passes over a dropped step
+        self.preempted = False
+        self.skipped_steps = 0
+        self._signals = _SignalListener()
+        self._step = _StepRecord()
+        self._due = _Due()
+        self._resumed_from: Path | None = None
+        # Behind DefaultFlowCallback, which decides what is due at a step, and before all others.
+        self.callback_handler.callbacks.insert(1, _RecoveryCallback(self))
+
+    # What a subclass says.
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """Weights that a checkpoint holds."""
+        raise NotImplementedError
+
+    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a checkpoint."""
+        raise NotImplementedError
+
+    def progress(self) -> dict[str, Any]:
+        """What this rank keeps in memory between two logs, as numbers that JSON holds to the bit."""
+        return {
+            "tr_loss": self._tr_loss.item(),
+            "globalstep_last_logged": self._globalstep_last_logged,
+            "skipped_steps": self.skipped_steps,
+            "due": asdict(self._due),
+        }
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """Take up what `progress` gave."""
+        self._tr_loss.fill_(progress["tr_loss"])
+        self._globalstep_last_logged = progress["globalstep_last_logged"]
+        self.skipped_steps = progress["skipped_steps"]
+        self._due = _Due(**progress["due"])
+
+    # Training.
+
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
+        """As Trainer's; `resume_from_checkpoint` is None or what `newest_checkpoint` gave."""
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        path = None if self._resumed_from is None else str(self._resumed_from)
+        with self._signals.listening():
+            try:
+                return super().train(path, trial, ignore_keys_for_eval)
+            except _EvaluationInterrupted:  # before the first step of this session: nothing is new
+                self.preempted = True
+                return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(dataset), self.args.train_batch_size * self.args.world_size, seed)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # accelerate's set_epoch does not reach the sampler of several ranks behind the batches that resume skips.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer's, with fresh generators, and with a record of the batch in case it is sick."""
+        key = (self.state.global_step, len(self._step.losses), self.args.process_index, "batch")
+        torch.manual_seed(keyed_rng(self.args.seed, *key).getrandbits(63))
+        self._step.sample_ids += inputs.get("sample_ids", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step.losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._step.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._step.grad_norm
+
+    def _before_optimizer_step(self) -> None:
+        """The one collective of a step: is a loss or gradient sick on any rank, has any rank got a signal?"""
+        sick = not self._step.is_finite(check_gradient=self.accelerator.scaler is None)
+        any_sick, any_signal = self._agree(sick, self._signals.received)
+        self.preempted |= any_signal
+        if any_sick:
+            self._treat_sick_step(sick)
+        self._step = _StepRecord()
+
+    def _treat_sick_step(self, on_this_rank: bool) -> None:
+        step = self.state.global_step + 1
+        what = self._step.describe() if on_this_rank else "the loss or gradient of another rank is not finite"
+        if self.on_nan == "skip":
+            self.skipped_steps += 1
+            logger.warning("step %d dropped, number %d: %s", step, self.skipped_steps, what)
+            assert self.optimizer is not None
+            self.optimizer.zero_grad(set_to_none=True)  # without gradients AdamW leaves weights and moments alone
+            return
+        last = newest_checkpoint(str(self.args.output_dir))
+        raise SickTrainingError(
+            f"step {step}: {what}; last good checkpoint: {last or 'none'}; "
+            "lower optimization.lr, or set optimization.on_nan=skip to drop such steps"
+        )
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true where it is on any rank."""
+        if self.args.world_size == 1:
+            return list(flags)
+        shared = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in shared.tolist()]
+
+    def stop_evaluation_if_preempted(self) -> None:
+        """To be called for every batch of an evaluation, on every rank.
+
+        Raises:
+            _EvaluationInterrupted: Some rank has got a signal; the evaluation is due when the run goes on.
+        """
+        if self._agree(self._signals.received)[0]:
+            raise _EvaluationInterrupted
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        should_save = self.control.should_save
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except _EvaluationInterrupted:
+            self._due = _Due(evaluate=True, save=should_save, epoch_end=self._due.epoch_end)
+            self.preempted = self.control.should_training_stop = True
+            self._save_checkpoint(self.model, trial=None)
+        else:
+            self._due = _Due(epoch_end=self._due.epoch_end)
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save what a resumed run needs, aside first; every rank calls this."""
+        output_dir, step = str(self.args.output_dir), self.state.global_step
+        folder = aside_path(output_dir, step)
+        self.store_flos()
+        with clear_write_errors(folder):
+            if self.args.should_save:
+                begin_checkpoint(output_dir, step)
+            self.accelerator.wait_for_everyone()
+            progress = folder / PROGRESS.format(rank=self.args.process_index)
+            progress.write_text(json.dumps(self.progress()))
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            if self.args.should_save:
+                save_file(self.trained_state_dict(), folder / WEIGHTS)
+                self._save_state(folder)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(folder, self.identity)
+                remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save_state(self, folder: Path) -> None:
+        """Trainer's state, as its own `_save_checkpoint` writes it."""
+        best, step = self.state.best_global_step, self.state.global_step
+        best_path = checkpoint_path(str(self.args.output_dir), best) if best else None
+        if best_path is not None and (best == step or best_path.exists()):
+            self.state.best_model_checkpoint = str(best_path)
+        stateful: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                stateful[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_trained_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: `training_step` seeds every batch."""
+
+    def _load_best_model(self) -> None:
+        if self.preempted:
+            return
+        best = Path(str(self.state.best_model_checkpoint))
+        if defect := find_defect(best):
+            logger.warning("the best model, %s, cannot be loaded (%s): the last one is kept", best, defect)
+        else:
+            self._load_from_checkpoint(str(best))
+
+    # What callbacks ask for.
+
+    def _take_up_progress(self) -> None:
+        """At the start of a resumed session: what was in memory, then what was still due."""
+        if self._resumed_from is None:
+            return
+        path = self._resumed_from / PROGRESS.format(rank=self.args.process_index)
+        self.load_progress(json.loads(path.read_text()))
+        due, self._due = self._due, _Due()
+        for is_due in (due.evaluate, due.epoch_end):
+            if not is_due:
+                continue
+            self.control._new_step()
+            if due.evaluate:
+                self.control.should_evaluate, self.control.should_save = True, due.save
+                due = replace(due, evaluate=False)
+            else:
+                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
+            )
+
+
+@dataclass
+class _StepRecord:
+    """The batches of one optimizer step on this rank."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    sample_ids: list[str] = field(default_factory=list)
+    grad_norm: Any = 0.0
+
+    def is_finite(self, *, check_gradient: bool) -> bool:
+        values = [float(loss) for loss in self.losses]
+        if check_gradient:  # with fp16 an infinite gradient is for the loss scaler to handle
+            values.append(float(self.grad_norm))
+        return all(map(math.isfinite, values))
+
+    def describe(self) -> str:
+        shown = ", ".join(self.sample_ids[:16])
+        more = f" and {len(self.sample_ids) - 16} more" if len(self.sample_ids) > 16 else ""
+        loss = ", ".join(f"{float(loss):g}" for loss in self.losses)
+        return f"the loss is {loss} and the gradient's norm {float(self.grad_norm):g} (samples {shown}{more})"
+
+
+@dataclass
+class _Due:
+    """What an interrupted session still had to do at the step of its last checkpoint."""
+
+    evaluate: bool = False
+    save: bool = False
+    epoch_end: bool = False
+
+
+class _EvaluationInterrupted(Exception):  # noqa: N818 - no error
+    """A signal came while the model was evaluated."""
+
+
+class _SignalListener:
+    """Notes SIGTERM and SIGINT instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals are noted; a second SIGINT is a KeyboardInterrupt. In the main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        name = signal.Signals(number).name
+        logger.warning("%s: a checkpoint will be saved after this step, then training stops; Ctrl-C stops now", name)
+
+
+class _RecoveryCallback(TrainerCallback):
+    """Calls the trainer back where Trainer has no method to override."""
+
+    def __init__(self, trainer: RecoverableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._take_up_progress()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._before_optimizer_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch_is_over = float(state.epoch or 0).is_integer()
+        self.trainer._due = _Due(epoch_end=epoch_is_over)
+        if self.trainer.preempted:
+            self.trainer._due = _Due(control.should_evaluate, control.should_save, epoch_is_over)
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.preempted:
+            control._new_step()  # nothing more is done; it is due when the run goes on
+        else:
+            self.trainer._due = _Due()
