@@ -1,5 +1,6 @@
 """A run that is interrupted, however and wherever, ends with the bits of one that is not."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -95,13 +96,28 @@ def assert_equal_bits(left: dict[str, Any], right: dict[str, Any]) -> None:
 def uninterrupted(run_config: Path, *overrides: str) -> dict[str, Any]:
     trainer = make_trainer(run_config, *TRAINED, *overrides, f"trainer.output_dir={run_config.parent}/whole")
     trainer.train()
+    stop_workers()
     return what_is_left(trainer)
 
 
 def go_on(run_config: Path, *overrides: str) -> AlignmentTrainer:
     trainer = make_trainer(run_config, *TRAINED, *overrides)
     trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
+    stop_workers()
     return trainer
+
+
+def train_until_killed(trainer: AlignmentTrainer) -> None:
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
+    stop_workers()
+
+
+def stop_workers() -> None:
+    """A trainer is collected as a cycle, its queues first, and then waits five seconds for each of its workers."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -111,8 +127,7 @@ def test_a_killed_run_ends_with_the_same_bits(run_config: Path, setting: str):
     for step in (2, 8):
         trainer = make_trainer(run_config, *TRAINED, *overrides)
         trainer.add_callback(AtStep(step, kill))
-        with pytest.raises(Killed):
-            trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
+        train_until_killed(trainer)
     assert_equal_bits(what_is_left(go_on(run_config, *overrides)), expected)
 
 
@@ -167,8 +182,7 @@ def test_early_stopping_remembers_its_patience(run_config: Path):
     assert 2 < epochs < 12
     trainer = make_trainer(run_config, *TRAINED, *overrides)
     trainer.add_callback(AtStep(5 * epochs - 3, kill))  # in the last epoch, its patience nearly spent
-    with pytest.raises(Killed):
-        trainer.train()
+    train_until_killed(trainer)
     assert_equal_bits(what_is_left(go_on(run_config, *overrides)), expected)
 
 
@@ -176,8 +190,7 @@ def test_resuming_decodes_nothing_of_what_was_done(run_config: Path, monkeypatch
     overrides = ["trainer.save_strategy=steps", "trainer.eval_strategy=no", "trainer.save_steps=1"]
     trainer = make_trainer(run_config, *overrides, "trainer.epochs=3")
     trainer.add_callback(AtStep(9, kill))
-    with pytest.raises(Killed):
-        trainer.train()
+    train_until_killed(trainer)
     asked = []
     original = PixmoParquetImageTextDataset.__getitem__
 

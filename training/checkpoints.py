@@ -87,18 +87,18 @@ def find_defect(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where its manifest holds."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files = manifest["files"].items()
+        files = [(str(name), int(file["size"]), file["blake2b"]) for name, file in manifest["files"].items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
-    for name, expected in files:
-        path = checkpoint / name
+    for name, size, expected in files:
+        path = checkpoint / Path(name).name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if checksum(path) != expected["blake2b"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if checksum(path) != expected:
             return f"{name} is not what was written: its checksum differs"
     return None
 
