@@ -71,6 +71,7 @@ def align(config: AlignmentConfig) -> int:
         early_stopping_patience=config.optimization.early_stopping_patience,
         identity=identity,
         on_nan=config.optimization.on_nan,
+        max_bad_fraction=config.dataset.max_bad_fraction,
     )
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
     if args.should_save:

@@ -27,4 +27,5 @@ def make_trainer(run_config: Path, *overrides: str) -> AlignmentTrainer:
         early_stopping_patience=config.optimization.early_stopping_patience,
         identity=run_identity(config, model, data, args.world_size),
         on_nan=config.optimization.on_nan,
+        max_bad_fraction=config.dataset.max_bad_fraction,
     )

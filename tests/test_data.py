@@ -86,8 +86,8 @@ def test_a_path_may_be_one_file_a_list_or_a_glob(tmp_path: Path):
 
 def test_rows_are_memory_mapped(tmp_path: Path):
     dataset = open_pairs(write_pairs(tmp_path / "a.parquet", 4))
-    assert all(os.path.exists(file["filename"]) for file in dataset.rows.cache_files)
-    assert len(dataset.rows.cache_files) == 1
+    assert all(os.path.exists(file["filename"]) for file in dataset.pairs.table.cache_files)
+    assert len(dataset.pairs.table.cache_files) == 1
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path):
@@ -150,7 +150,7 @@ def test_only_train_drops_captions_and_only_val_and_test_have_match_ids(tmp_path
 def test_match_ids_are_equal_where_content_is(tmp_path: Path):
     same, other = picture("same"), picture("other")
     columns = {"image": [same, same, other], "caption": ["a", "b", "a"]}
-    dataset = open_pairs(write_table(tmp_path / "a.parquet", columns), with_match_ids=True)
+    dataset = open_pairs(write_table(tmp_path / "a.parquet", columns), for_evaluation=True)
     images, captions = ([dataset[i][key] for i in range(3)] for key in ("image_id", "caption_id"))
     assert (images[0] == images[1], images[0] == images[2]) == (True, False)
     assert (captions[0] == captions[1], captions[0] == captions[2]) == (False, True)
@@ -199,9 +199,12 @@ def test_cutting_words_never_takes_a_token_that_fits(tmp_path: Path):
 def test_a_batch_is_padded_to_its_longest_caption_and_cut_to_the_tokenizers_length():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 9
-    items = [{"image": torch.zeros(3, 2, 2), "text": text, "sample_id": text} for text in ("ab", "", "abcdefghijklmn")]
+    items = [
+        {"image": torch.zeros(3, 2, 2), "text": text, "sample_id": text, "bad_samples": []}
+        for text in ("ab", "", "abcdefghijklmn")
+    ]
     batch = ImageTextCollator(tokenizer)(items)
-    assert sorted(batch) == ["attention_mask", "input_ids", "pixel_values", "sample_ids"]
+    assert sorted(batch) == ["attention_mask", "bad_samples", "input_ids", "pixel_values", "sample_ids"]
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, 2, 9]
     assert batch["pixel_values"].shape == (3, 3, 2, 2)
     assert ImageTextCollator(tokenizer)(items[:1])["input_ids"].shape == (1, 4)
@@ -256,14 +259,16 @@ def test_a_set_of_one_pair_is_refused(tmp_path: Path):
             {"image": png(Image.new("RGB", (50, 50)))[:-30], "caption": "x"},
             "row 1 (sample_id bad): no readable picture: ",
         ),
-        ({"image": None, "caption": "x"}, "row 1 (sample_id bad): image is empty"),
-        ({"image": picture("x"), "caption": None}, "row 1 (sample_id bad): caption is empty"),
+        ({"image": None, "caption": "x"}, "row 1 (sample_id bad): the picture is empty"),
+        ({"image": picture("x"), "caption": None}, "row 1 (sample_id bad): the caption is empty"),
     ],
 )
 def test_a_bad_row_is_named(row: dict, message: str, tmp_path: Path):
     good = {"image": picture("good"), "caption": "good", "sample_id": "good"}
     rows = [good, row | {"sample_id": "bad"}]
-    dataset = open_pairs(write_table(tmp_path / "a.parquet", {key: [r[key] for r in rows] for key in good}))
+    dataset = open_pairs(
+        write_table(tmp_path / "a.parquet", {key: [r[key] for r in rows] for key in good}), on_bad_sample="raise"
+    )
     with pytest.raises(DataError, match=re.escape(message)):
         dataset[1]
     assert dataset[0]["text"] == "good"

@@ -24,9 +24,12 @@ class DatasetConfig:
     text_dropout_prob: float = 0.1  # 0..1, share of training captions replaced by the empty one
     max_text_length: int = 512  # tokens; cut to the positions of the text backbone
     image_size: int | None = None  # pixels, side of the square input; None takes the vision backbone's own
+    on_bad_sample: str = "replace"  # undecodable picture, empty caption: replace by another sample | raise
+    max_bad_fraction: float = 0.05  # 0..1, share of a file's rows; more bad ones stop the run
+    max_image_pixels: int = 100_000_000  # width x height; larger pictures count as bad
     image_column: str | None = None  # None finds image_bytes, image or jpg
     caption_column: str | None = None  # None finds caption, text or txt
-    sample_id_column: str | None = None  # None finds sample_id, else the row number
+    sample_id_column: str | None = None  # None finds sample_id or key, else the row number
 
 
 @dataclass
@@ -159,6 +162,8 @@ def _check(config: Any, origin: str) -> None:
         raise ConfigError(f"{origin}: dataset.batch_size must be positive, got {dataset.batch_size}")
     if not 0 <= dataset.text_dropout_prob <= 1:
         raise ConfigError(f"{origin}: dataset.text_dropout_prob must be in 0..1, got {dataset.text_dropout_prob}")
+    if dataset.on_bad_sample not in ("replace", "raise"):
+        raise ConfigError(f"{origin}: dataset.on_bad_sample must be replace or raise, got {dataset.on_bad_sample!r}")
     if len(config.optimization.betas) != 2:
         raise ConfigError(f"{origin}: optimization.betas must be two numbers, got {config.optimization.betas}")
     if not 0 <= config.optimization.warmup_ratio < 1:

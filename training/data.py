@@ -1,35 +1,28 @@
-"""Picture-caption pairs from parquet files with embedded picture bytes."""
+"""Picture-caption pairs as samples and batches."""
 
-import glob
 import hashlib
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from training.bad_samples import BadSample
 from training.config import DatasetConfig
 from training.errors import DataError
-from training.images import decode_image
+from training.images import UndecodableImageError, decode_image
+from training.parquet import ParquetPairs, ParquetPath
 from training.randomness import keyed_rng
 
-# Names that a column is found by, the first match first: PixMo's, datasets', img2dataset's.
-IMAGE_COLUMNS = ("image_bytes", "image", "jpg")
-CAPTION_COLUMNS = ("caption", "text", "txt")
-SAMPLE_ID_COLUMNS = ("sample_id",)
-
-ParquetPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Transform = Callable[[Image.Image, random.Random], Tensor]
+
+_MAX_REPLACEMENTS = 100  # tries to find a good row in the place of a bad one
 
 
 class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
@@ -37,11 +30,11 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
 
     `datasets` converts the parquet once into a memory-mapped Arrow cache, so that rows are read at random
     without ever holding the file in memory. Columns are found by name: the picture as bytes or as `datasets`'
-    Image struct (`image_bytes`, `image`, `jpg`), the caption (`caption`, `text`, `txt`), and `sample_id`,
-    which falls back to the row number.
+    Image struct (`image_bytes`, `image`, `jpg`), the caption (`caption`, `text`, `txt`), and the id
+    (`sample_id`, `key`), which falls back to the row number.
 
-    What sample i looks like in epoch e depends on (seed, e, i) alone. Ask for `dataset[i]`, which is epoch 0,
-    or for `dataset[e, i]`, as `EpochSampler` does.
+    What sample i looks like in epoch e depends on (seed, e, i) alone, and so does what stands in the place of a
+    bad one. Ask for `dataset[i]`, which is epoch 0, or for `dataset[e, i]`, as `EpochSampler` does.
 
     Args:
         parquet_path: A parquet file, a glob, or a list of them, with the same columns.
@@ -50,8 +43,12 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
             before they cost the tokenizer any time.
         text_dropout_prob: 0..1, share of captions that are replaced by the empty one.
         seed: Seed of every random draw.
-        with_match_ids: Items also have `image_id` and `caption_id`, 64-bit hashes of the picture's bytes and
-            the caption: what is equal counts as a match in retrieval.
+        for_evaluation: Items also have `image_id` and `caption_id`, 64-bit hashes of the picture's bytes and the
+            caption, because what is equal counts as a match in retrieval; and `is_valid`, which is false where
+            the row is bad: there it is left out, never replaced.
+        on_bad_sample: What to do with a picture that cannot be decoded and an empty caption: `"replace"` it by
+            another sample, or `"raise"`.
+        max_image_pixels: Width times height that is still decoded.
         image_column: Column of the picture; None finds it.
         caption_column: Column of the caption; None finds it.
         sample_id_column: Column of the id; None finds it.
@@ -68,87 +65,91 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         text_dropout_prob: float = 0.0,
         *,
         seed: int = 42,
-        with_match_ids: bool = False,
+        for_evaluation: bool = False,
+        on_bad_sample: str = "replace",
+        max_image_pixels: int = 100_000_000,
         image_column: str | None = None,
         caption_column: str | None = None,
         sample_id_column: str | None = None,
     ) -> None:
-        self.files = find_parquet_files(parquet_path)
+        self.pairs = ParquetPairs(
+            parquet_path,
+            image_column=image_column,
+            caption_column=caption_column,
+            sample_id_column=sample_id_column,
+        )
         self.image_transforms = image_transforms
         self.max_text_length = max_text_length
         self.text_dropout_prob = text_dropout_prob
         self.seed = seed
-        self.with_match_ids = with_match_ids
-        columns = _read_metadata(self.files[0]).schema.to_arrow_schema().names
-        self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, columns, self.files[0])
-        self.caption_column = _find_column("caption", caption_column, CAPTION_COLUMNS, columns, self.files[0])
-        self.sample_id_column = None
-        if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(columns):
-            self.sample_id_column = _find_column(
-                "sample_id", sample_id_column, SAMPLE_ID_COLUMNS, columns, self.files[0]
-            )
-        self.rows = self._load_rows()
-
-    def _load_rows(self) -> datasets.Dataset:
-        columns = [self.image_column, self.caption_column]
-        columns += [self.sample_id_column] if self.sample_id_column is not None else []
-        files_with_rows = [file for file in self.files if _read_metadata(file).num_rows > 0]
-        if not files_with_rows:
-            raise DataError(f"{', '.join(self.files)}: no rows")
-        try:
-            rows = datasets.Dataset.from_parquet(files_with_rows, columns=columns)
-        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise DataError(f"{', '.join(self.files)}: cannot be read: {reason}") from error
-        assert isinstance(rows, datasets.Dataset)
-        feature = rows.features[self.image_column]
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        elif not (isinstance(feature, dict) and "bytes" in feature) and "binary" not in str(feature.dtype):
-            raise DataError(
-                f"{self.files[0]}: column {self.image_column!r} holds {feature}, not the bytes of pictures"
-            )
-        caption_feature = rows.features[self.caption_column]
-        if "string" not in str(getattr(caption_feature, "dtype", "")):
-            raise DataError(f"{self.files[0]}: column {self.caption_column!r} holds {caption_feature}, not text")
-        return rows
+        self.for_evaluation = for_evaluation
+        self.on_bad_sample = on_bad_sample
+        self.max_image_pixels = max_image_pixels
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pairs)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         """Sample `index` of epoch 0, or sample `index[1]` of epoch `index[0]`.
 
         Returns:
-            `image` float32 (3, S, S), `text`, `sample_id`; with match ids also `image_id` and `caption_id`.
+            `image` float32 (3, S, S), `text`, `sample_id`, and `bad_samples`, the bad rows that were met; for
+            evaluation also `image_id`, `caption_id` and `is_valid`.
 
         Raises:
-            DataError: The picture cannot be decoded, or the caption is null.
+            DataError: The row is bad and is to raise, or no good one was found in its place.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        row = self.rows[index]
-        sample_id = str(row[self.sample_id_column] if self.sample_id_column is not None else index)
-        image_bytes, caption = row[self.image_column], row[self.caption_column]
-        if isinstance(image_bytes, dict):
-            image_bytes = image_bytes["bytes"]
-        if image_bytes is None or caption is None:
-            column = self.image_column if image_bytes is None else self.caption_column
-            raise DataError(f"{', '.join(self.files)}: row {index} (sample_id {sample_id}): {column} is empty")
+        item = self._make_item(epoch, index)
+        if not isinstance(item, BadSample):
+            return item | {"bad_samples": []}
+        bad = [item]
+        if self.on_bad_sample == "raise":
+            raise DataError(f"{item.file}: row {item.row} (sample_id {item.sample_id}): {item.reason}")
+        if self.for_evaluation:
+            return self._placeholder(item)
+        for attempt in range(_MAX_REPLACEMENTS):
+            substitute = keyed_rng(self.seed, epoch, index, "replacement", attempt).randrange(len(self))
+            item = self._make_item(epoch, substitute)
+            if not isinstance(item, BadSample):
+                return item | {"bad_samples": bad}
+            bad.append(item)
+        raise DataError(f"{bad[0].file}: {len(bad)} rows in a row are bad, such as {bad[0].row}: {bad[0].reason}")
+
+    def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
+        row = self.pairs[index]
+        file, number = self.pairs.where(index)
+        if not row.image_bytes:
+            return BadSample(file, number, row.sample_id, "the picture is empty")
+        if row.caption is None or not row.caption.strip():
+            return BadSample(file, number, row.sample_id, "the caption is empty")
         try:
-            image = decode_image(image_bytes)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"{', '.join(self.files)}: row {index} (sample_id {sample_id}): no readable picture: {error}"
-            ) from error
-        text = cut_words(caption, self.max_text_length)
+            image = decode_image(row.image_bytes, self.max_image_pixels)
+        except UndecodableImageError as error:
+            return BadSample(file, number, row.sample_id, f"no readable picture: {error}")
+        text = cut_words(row.caption, self.max_text_length)
         item = {
             "image": self.image_transforms(image, keyed_rng(self.seed, epoch, index, "image")),
             "text": drop_caption(text, self.text_dropout_prob, keyed_rng(self.seed, epoch, index, "text_dropout")),
-            "sample_id": sample_id,
+            "sample_id": row.sample_id,
         }
-        if self.with_match_ids:
-            item |= {"image_id": content_hash(image_bytes), "caption_id": content_hash(caption.encode())}
+        if self.for_evaluation:
+            ids = {"image_id": content_hash(row.image_bytes), "caption_id": content_hash(row.caption.encode())}
+            item |= {**ids, "is_valid": True}
         return item
+
+    def _placeholder(self, bad: BadSample) -> dict[str, Any]:
+        """Something of the right shape, so that batches stay whole; evaluation drops it."""
+        white = Image.new("RGB", (64, 64), "white")
+        return {
+            "image": self.image_transforms(white, random.Random(0)),
+            "text": "",
+            "sample_id": bad.sample_id,
+            "image_id": 0,
+            "caption_id": 0,
+            "is_valid": False,
+            "bad_samples": [bad],
+        }
 
 
 def build_image_datasets_from_parquet(
@@ -165,10 +166,10 @@ def build_image_datasets_from_parquet(
 ) -> dict[str, PixmoParquetImageTextDataset]:
     """The datasets of a run: `train`, `val` and, where it has a path, `test`.
 
-    Captions are dropped in `train` alone; `val` and `test` have match ids.
+    Captions are dropped in `train` alone; `val` and `test` are for evaluation.
 
     Args:
-        cfg: Names of columns.
+        cfg: Names of columns, and what to do with bad rows.
         train_parquet_path: A file, a glob, or a list of them; so are the next two.
         val_parquet_path: Two pairs or more.
         test_parquet_path: None for no test set.
@@ -181,20 +182,23 @@ def build_image_datasets_from_parquet(
     Raises:
         DataError: A file or column is missing or of a wrong kind, or a set has too few rows.
     """
-    columns: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "seed": seed,
+        "on_bad_sample": cfg.on_bad_sample,
+        "max_image_pixels": cfg.max_image_pixels,
         "image_column": cfg.image_column,
         "caption_column": cfg.caption_column,
         "sample_id_column": cfg.sample_id_column,
     }
     built = {
         "train": PixmoParquetImageTextDataset(
-            train_parquet_path, train_transforms, max_text_length, text_dropout_prob, seed=seed, **columns
+            train_parquet_path, train_transforms, max_text_length, text_dropout_prob, **options
         )
     }
     for split, path in (("val", val_parquet_path), ("test", test_parquet_path)):
         if path is not None:
             built[split] = PixmoParquetImageTextDataset(
-                path, val_transforms, max_text_length, seed=seed, with_match_ids=True, **columns
+                path, val_transforms, max_text_length, for_evaluation=True, **options
             )
             if len(built[split]) < 2:
                 raise DataError(f"{path}: one pair is no {split} set: retrieval needs two or more")
@@ -217,8 +221,8 @@ class ImageTextCollator:
         """Batch `items`.
 
         Returns:
-            `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L), `sample_ids`; where the items have
-            them also `image_ids` and `caption_ids` (B,).
+            `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L), and the lists `sample_ids` and
+            `bad_samples`; for evaluation also `image_ids`, `caption_ids` and `is_valid` (B,).
         """
         texts = self.tokenizer(
             [item["text"] for item in items],
@@ -229,9 +233,11 @@ class ImageTextCollator:
         )
         batch: dict[str, Any] = {"pixel_values": torch.stack([item["image"] for item in items]), **texts}
         batch["sample_ids"] = [item["sample_id"] for item in items]
-        if "image_id" in items[0]:
+        batch["bad_samples"] = [bad for item in items for bad in item["bad_samples"]]
+        if "is_valid" in items[0]:
             batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
             batch["caption_ids"] = torch.tensor([item["caption_id"] for item in items])
+            batch["is_valid"] = torch.tensor([item["is_valid"] for item in items])
         return batch
 
 
@@ -281,44 +287,3 @@ def cut_words(caption: str, max_words: int) -> str:
 def content_hash(content: bytes) -> int:
     """A signed 64-bit integer that is equal for equal content."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
-
-
-def find_parquet_files(parquet_path: ParquetPath) -> list[str]:
-    """The files that a path, a glob or a list of them names; those of a glob in the order of their names.
-
-    Raises:
-        DataError: A path or glob matches no file.
-    """
-    paths = [parquet_path] if isinstance(parquet_path, str | os.PathLike) else parquet_path
-    files = []
-    for path in [os.fspath(path) for path in paths]:
-        matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        if not matches:
-            folder = os.path.dirname(path) or "."
-            beside = sorted(
-                os.path.basename(name) for name in glob.glob(os.path.join(glob.escape(folder), "*.parquet"))
-            )
-            found = f"there are {', '.join(beside[:10])}" if beside else "nor any other parquet file beside it"
-            raise DataError(f"{path}: no such file; {found}")
-        files += matches
-    if not files:
-        raise DataError("no parquet file given")
-    return files
-
-
-def _read_metadata(file: str) -> pyarrow.parquet.FileMetaData:
-    try:
-        return pyarrow.parquet.read_metadata(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: is no parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _find_column(kind: str, wanted: str | None, usual: Sequence[str], columns: Sequence[str], file: str) -> str:
-    """The column to read: the wanted one, or the first usual one that there is."""
-    for name in usual if wanted is None else (wanted,):
-        if name in columns:
-            return name
-    expected = f"column {wanted!r}" if wanted else f"{kind} column ({', '.join(usual)})"
-    raise DataError(
-        f"{file}: no {expected}; it has {', '.join(columns)}; dataset.{kind}_column in the config names another"
-    )

@@ -36,15 +36,15 @@ def evaluate(options: argparse.Namespace) -> None:
         options.parquet,
         image_transforms(processor, is_training=False),
         processor.tokenizer.model_max_length,
-        with_match_ids=True,
+        for_evaluation=True,
         image_column=options.image_column,
         caption_column=options.caption_column,
     )
     with tempfile.TemporaryDirectory() as unused_output_dir:
         args = build_evaluation_arguments(unused_output_dir, options.batch_size)
         prepare_cpu(args)
-        trainer = AlignmentTrainer(model, args, processing_class=processor)
-        metrics = logged_names(trainer.evaluate(dataset, metric_key_prefix="eval"))
+        trainer = AlignmentTrainer(model, args, processing_class=processor, eval_dataset=dataset)
+        metrics = logged_names(trainer.evaluate())
     metrics = {name.replace("val/", f"{options.split}/"): value for name, value in metrics.items()}
     if args.should_save:
         beside_model = Path(options.model).parent if Path(options.model).is_dir() else Path()

@@ -55,7 +55,9 @@ def run_identity(
         for key, value in keys.items()
         if f"{section}.{key}" not in _FREE_KEYS and not f"{section}.{key}".startswith(_FREE_PREFIXES)
     }
-    identity |= {f"content of dataset.{split}_parquet": fingerprint(data[split].files) for split in ("train", "val")}
+    identity |= {
+        f"content of dataset.{split}_parquet": fingerprint(data[split].pairs.files) for split in ("train", "val")
+    }
     for name in ("vision_encoder", "text_encoder"):
         encoder: Any = model.get_submodule(name)
         if encoder.freeze:

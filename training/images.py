@@ -1,18 +1,38 @@
-"""From the bytes of a picture file to RGB."""
+"""From the bytes of a picture file to RGB, whatever a stranger put into them."""
 
 import io
+import warnings
 
 from PIL import Image
 
 from modeling_edgeglass.images import to_rgb
 
 
-def decode_image(data: bytes) -> Image.Image:
+class UndecodableImageError(ValueError):
+    """The bytes are no picture that can be read, or one that is too large."""
+
+
+def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
     """Decode a picture file as upright RGB on white; of an animation the first frame.
 
+    Args:
+        data: Content of a JPEG, PNG, WebP, GIF, TIFF, BMP or any other file that Pillow reads.
+        max_pixels: Width times height that is still decoded; a small file can unpack to gigabytes.
+
     Raises:
-        OSError, ValueError, SyntaxError: Pillow cannot read it.
+        UndecodableImageError: Says why.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return to_rgb(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Pillow repairs, and of sizes, which are checked here
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if not 0 < width * height <= max_pixels:
+                    raise UndecodableImageError(f"{width} x {height} pixels, where {max_pixels} are the limit")
+                image.load()
+                return to_rgb(image)
+    except UndecodableImageError:
+        raise
+    except Exception as error:  # Pillow's plugins let anything through: struct.error, KeyError, zlib.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImageError(reason) from error

@@ -1,6 +1,8 @@
 """AlignmentTrainer: transformers' Trainer for pairs, evaluated by retrieval."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,11 +13,17 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.captions import hash_captions
+from training.bad_samples import BadSampleLog
 from training.callbacks import AlignmentProgressCallback
-from training.data import ImageTextCollator
+from training.data import ImageTextCollator, PixmoParquetImageTextDataset
+from training.errors import DataError
 from training.recovery import RecoverableTrainer
 from training.retrieval import retrieval_metrics
 
+logger = logging.getLogger(__name__)
+
+BAD_SAMPLES = "bad_samples.csv"
+COLLAPSED_COSINE = 0.999
 MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
@@ -35,6 +43,7 @@ class AlignmentTrainer(RecoverableTrainer):
         early_stopping_patience: Evaluations without a better val loss before stopping; None never stops early.
         callbacks: Further callbacks.
         identity: As in `RecoverableTrainer`; so is `on_nan`.
+        max_bad_fraction: 0..1, share of a file's rows; more bad ones stop the run.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class AlignmentTrainer(RecoverableTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         identity: Mapping[str, Any] | None = None,
         on_nan: str = "stop",
+        max_bad_fraction: float = 0.05,
     ) -> None:
         if early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
@@ -65,6 +75,11 @@ class AlignmentTrainer(RecoverableTrainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AlignmentProgressCallback)
+        rows_per_file: dict[str, int] = {}
+        for dataset in (train_dataset, eval_dataset):
+            if isinstance(dataset, PixmoParquetImageTextDataset):
+                rows_per_file |= dataset.pairs.rows_per_file
+        self._bad_samples = BadSampleLog(Path(str(args.output_dir)) / BAD_SAMPLES, rows_per_file, max_bad_fraction)
         self._loss_parts = torch.zeros(3, dtype=torch.float64)  # sums of loss_clip and loss_mrl, number of batches
 
     @property
@@ -96,6 +111,7 @@ class AlignmentTrainer(RecoverableTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The alignment loss of a batch; its parts are kept for the log."""
+        self._bad_samples.record(inputs["bad_samples"])
         outputs = model(**{key: inputs[key] for key in MODEL_INPUTS}, return_loss=True, step=self.state.global_step)
         parts = torch.stack([outputs.loss_clip, outputs.loss_mrl, torch.ones_like(outputs.loss)]).detach().double()
         if self.on_nan == "stop" or parts.isfinite().all():
@@ -122,8 +138,15 @@ class AlignmentTrainer(RecoverableTrainer):
         self._model.eval()
         self.callback_handler.eval_dataloader = dataloader
         columns = [self._encode(batch) for batch in dataloader]
-        image_embeds, text_embeds, token_hashes, *match_ids = map(torch.cat, zip(*columns, strict=True))
-        metrics = self._mean_loss(image_embeds, text_embeds, token_hashes)
+        *whole, is_valid = map(torch.cat, zip(*columns, strict=True))
+        image_embeds, text_embeds, token_hashes, *match_ids = [column[is_valid] for column in whole]
+        num_bad = int((~is_valid).sum())
+        if len(image_embeds) < 2:
+            raise DataError(
+                f"of the {len(is_valid)} pairs to evaluate {num_bad} are bad: retrieval needs two good ones"
+            )
+        warn_if_collapsed(image_embeds, text_embeds)
+        metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
         metrics |= retrieval_metrics(image_embeds, text_embeds, self._model.config.mrl_dimensions, match_ids)
         return EvalLoopOutput(
             predictions=cast(Any, (image_embeds.cpu().numpy(), text_embeds.cpu().numpy())),
@@ -136,6 +159,7 @@ class AlignmentTrainer(RecoverableTrainer):
     def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Embeddings and ids of a batch from every rank, without the samples that only fill the last one up."""
         self.stop_evaluation_if_preempted()
+        self._bad_samples.record(cast(Any, batch["bad_samples"]))
         batch = self._prepare_inputs(batch)
         with self.accelerator.autocast():
             outputs = self._model(**{key: batch[key] for key in MODEL_INPUTS})
@@ -145,6 +169,7 @@ class AlignmentTrainer(RecoverableTrainer):
             hash_captions(batch["input_ids"], batch["attention_mask"]),
             batch["image_ids"],
             batch["caption_ids"],
+            batch["is_valid"],
         )
         gathered = self.accelerator.gather_for_metrics(columns)
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -169,3 +194,15 @@ class AlignmentTrainer(RecoverableTrainer):
             sums += torch.stack([losses.loss, losses.loss_clip, losses.loss_mrl]).cpu() * len(images)
         loss, loss_clip, loss_mrl = (sums / len(image_embeds)).tolist()
         return {"loss": loss, "loss_clip": loss_clip, "loss_mrl": loss_mrl}
+
+
+def warn_if_collapsed(image_embeds: Tensor, text_embeds: Tensor) -> None:
+    """Warn where all unit vectors (N, D) of one side are alike; the mean cosine is their mean's squared length."""
+    for side, embeds in (("image", image_embeds), ("text", text_embeds)):
+        mean_cosine = float(embeds.mean(dim=0).square().sum())
+        if mean_cosine > COLLAPSED_COSINE:
+            logger.warning(
+                "collapsed: all %s embeddings are alike (mean cosine %.5f); a lower rate or a larger batch may help",
+                side,
+                mean_cosine,
+            )

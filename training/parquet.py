@@ -1,0 +1,181 @@
+"""Rows of parquet files: which files, which columns, and what a row holds."""
+
+import bisect
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from pyarrow import types
+
+from training.errors import DataError
+
+# Names that a column is found by, the first match first: PixMo's, datasets', img2dataset's.
+IMAGE_COLUMNS = ("image_bytes", "image", "jpg")
+CAPTION_COLUMNS = ("caption", "text", "txt")
+SAMPLE_ID_COLUMNS = ("sample_id", "key")
+
+ParquetPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair as it is stored; what is null is None."""
+
+    image_bytes: bytes | None
+    caption: str | None
+    sample_id: str
+
+
+class ParquetPairs:
+    """Picture-caption pairs of parquet files, read from a memory-mapped cache that `datasets` makes of them.
+
+    Args:
+        parquet_path: A parquet file, a glob, or a list of them.
+        image_column: Column of the picture; None finds it. So do the next two.
+        caption_column: Column of the caption.
+        sample_id_column: Column of the id; where there is none, the row number is the id.
+
+    Raises:
+        DataError: A file cannot be read, a column is missing or of a wrong kind, or there are no rows.
+    """
+
+    def __init__(
+        self,
+        parquet_path: ParquetPath,
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        sample_id_column: str | None = None,
+    ) -> None:
+        metadata = {file: _read_metadata(file) for file in find_parquet_files(parquet_path)}
+        self.files = [file for file in metadata if metadata[file].num_rows > 0]
+        if not self.files:
+            raise DataError(f"{', '.join(metadata)}: no rows")
+        self.rows_per_file = {file: metadata[file].num_rows for file in self.files}
+        self._ends = list(accumulate(self.rows_per_file.values()))
+        schemas = {file: metadata[file].schema.to_arrow_schema() for file in self.files}
+        first = self.files[0]
+        self._image = _find_column("image", image_column, IMAGE_COLUMNS, schemas[first].names, first)
+        self._caption = _find_column("caption", caption_column, CAPTION_COLUMNS, schemas[first].names, first)
+        self._sample_id = None
+        if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(schemas[first].names):
+            self._sample_id = _find_column(
+                "sample_id", sample_id_column, SAMPLE_ID_COLUMNS, schemas[first].names, first
+            )
+        for file, schema in schemas.items():
+            self._check_columns(file, schema)
+        self.table = self._load()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Row:
+        stored = self.table[index]
+        image_bytes = stored[self._image]
+        if isinstance(image_bytes, dict):
+            image_bytes = image_bytes["bytes"]
+        if isinstance(image_bytes, list):
+            image_bytes = bytes(image_bytes)
+        sample_id = index if self._sample_id is None else stored[self._sample_id]
+        return Row(image_bytes, stored[self._caption], str(sample_id))
+
+    def where(self, index: int) -> tuple[str, int]:
+        """The file of a row, and its number there, from 0."""
+        place = bisect.bisect_right(self._ends, index)
+        return self.files[place], index - (self._ends[place - 1] if place else 0)
+
+    def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
+        """Every shard must have the columns of the first, of a kind that we can read."""
+        for column in filter(None, (self._image, self._caption, self._sample_id)):
+            if column not in schema.names:
+                raise DataError(f"{file}: no column {column!r}; it has {', '.join(schema.names)}")
+        if not _holds_bytes(schema.field(self._image).type):
+            kind = schema.field(self._image).type
+            raise DataError(f"{file}: column {self._image!r} holds {kind}, not the bytes of pictures")
+        if not _holds_text(schema.field(self._caption).type):
+            raise DataError(f"{file}: column {self._caption!r} holds {schema.field(self._caption).type}, not text")
+
+    def _load(self) -> datasets.Dataset:
+        columns = [column for column in (self._image, self._caption, self._sample_id) if column is not None]
+        try:
+            table: Any = datasets.Dataset.from_parquet(self.files, columns=columns)
+        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
+            raise _name_culprit(self.files, columns, error) from error
+        if isinstance(table.features[self._image], datasets.Image):
+            table = table.cast_column(self._image, datasets.Image(decode=False))
+        return table
+
+
+def find_parquet_files(parquet_path: ParquetPath) -> list[str]:
+    """The files that a path, a glob or a list of them names; those of a glob in the order of their names.
+
+    Raises:
+        DataError: A path or glob matches no file.
+    """
+    paths = [parquet_path] if isinstance(parquet_path, str | os.PathLike) else parquet_path
+    files = []
+    for path in [os.fspath(path) for path in paths]:
+        matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not matches:
+            folder = os.path.dirname(path) or "."
+            beside = sorted(
+                os.path.basename(name) for name in glob.glob(os.path.join(glob.escape(folder), "*.parquet"))
+            )
+            found = f"there are {', '.join(beside[:10])}" if beside else "nor any other parquet file beside it"
+            raise DataError(f"{path}: no such file; {found}")
+        files += matches
+    if not files:
+        raise DataError("no parquet file given")
+    return files
+
+
+def _read_metadata(file: str) -> pyarrow.parquet.FileMetaData:
+    try:
+        return pyarrow.parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: is no parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _find_column(kind: str, wanted: str | None, usual: Sequence[str], columns: Sequence[str], file: str) -> str:
+    """The column to read: the wanted one, or the first usual one that there is."""
+    for name in usual if wanted is None else (wanted,):
+        if name in columns:
+            return name
+    expected = f"column {wanted!r}" if wanted else f"{kind} column ({', '.join(usual)})"
+    raise DataError(
+        f"{file}: no {expected}; it has {', '.join(columns)}; dataset.{kind}_column in the config names another"
+    )
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    """Bytes in any of Arrow's forms, a list of them, or datasets' Image struct."""
+    if types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return types.is_uint8(kind.value_type)
+    return any(is_kind(kind) for is_kind in (types.is_binary, types.is_large_binary, types.is_binary_view))
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    if types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _name_culprit(files: Sequence[str], columns: Sequence[str], error: Exception) -> DataError:
+    """Which of several files cannot be read; datasets does not say."""
+    for file in files:
+        try:
+            for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=columns):
+                pass
+        except (pyarrow.ArrowException, OSError) as reason:
+            return DataError(f"{file}: is damaged: {str(reason).splitlines()[0]}")
+    return DataError(f"{', '.join(files)}: cannot be read: {str(error.__cause__ or error).splitlines()[0]}")
