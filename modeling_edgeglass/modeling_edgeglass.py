@@ -156,7 +156,8 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         *,
         vision_revision: str | None = None,
         text_revision: str | None = None,
-        trust_remote_code: bool = False,
+        vision_trust_remote_code: bool = False,
+        text_trust_remote_code: bool = False,
         dtype: torch.dtype | str = torch.float32,
         **config: Any,
     ) -> "EdgeGlassModel":
@@ -167,7 +168,8 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             text: Model id or directory of the text backbone; of CLIP and its kin the text half is taken.
             vision_revision: Commit, tag or branch on the Hub.
             text_revision: Commit, tag or branch on the Hub.
-            trust_remote_code: Run model code that comes with a checkpoint.
+            vision_trust_remote_code: Run model code that comes with the vision checkpoint.
+            text_trust_remote_code: Run model code that comes with the text checkpoint.
             dtype: Precision of the backbones. New layers are float32.
             **config: Fields of `EdgeGlassConfig`.
 
@@ -180,9 +182,12 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             raise ValueError(
                 f"there is no config field {unknown[0]!r}; did you mean {' or '.join(nearest) or 'another'}?"
             )
-        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
-        vision_backbone = load_backbone("vision", vision, revision=vision_revision, **hub)
-        text_backbone = load_backbone("text", text, revision=text_revision, **hub)
+        vision_backbone = load_backbone(
+            "vision", vision, revision=vision_revision, trust_remote_code=vision_trust_remote_code, dtype=dtype
+        )
+        text_backbone = load_backbone(
+            "text", text, revision=text_revision, trust_remote_code=text_trust_remote_code, dtype=dtype
+        )
         return cls(
             EdgeGlassConfig(
                 vision_config=vision_backbone.config.to_dict(),

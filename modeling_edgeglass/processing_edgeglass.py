@@ -65,7 +65,8 @@ class EdgeGlassProcessor(ProcessorMixin):
         max_positions: int | None = None,
         vision_revision: str | None = None,
         text_revision: str | None = None,
-        trust_remote_code: bool = False,
+        vision_trust_remote_code: bool = False,
+        text_trust_remote_code: bool = False,
     ) -> "EdgeGlassProcessor":
         """Join the image processor and the tokenizer of two pretrained backbones.
 
@@ -77,13 +78,14 @@ class EdgeGlassProcessor(ProcessorMixin):
             max_positions: Tokens that the text backbone has positions for; None takes the tokenizer's word.
             vision_revision: Commit, tag or branch on the Hub.
             text_revision: Commit, tag or branch on the Hub.
-            trust_remote_code: Run processor code that comes with a checkpoint.
+            vision_trust_remote_code: Run processor code that comes with the vision checkpoint.
+            text_trust_remote_code: Run tokenizer code that comes with the text checkpoint.
 
         Raises:
             ValueError: The vision backbone has no preprocessor config, or the text backbone no tokenizer.
         """
-        vision_hub = {"revision": vision_revision, "trust_remote_code": trust_remote_code}
-        text_hub = {"revision": text_revision, "trust_remote_code": trust_remote_code}
+        vision_hub = {"revision": vision_revision, "trust_remote_code": vision_trust_remote_code}
+        text_hub = {"revision": text_revision, "trust_remote_code": text_trust_remote_code}
         try:
             backbone_processor = AutoImageProcessor.from_pretrained(vision, **vision_hub)
         except OSError as error:

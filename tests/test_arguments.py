@@ -43,6 +43,8 @@ def test_any_field_of_training_arguments_passes(run_config: Path):
         ("trainer.learning_rate=3", "trainer.learning_rate: set optimization.lr instead"),
         ("trainer.num_train_epochs=3", "trainer.num_train_epochs: set trainer.epochs instead"),
         ("trainer.dataloader_drop_last=true", "trainer.dataloader_drop_last: leave it out"),
+        ("trainer.hub_token=secret", "trainer.hub_token: leave it out, it would be saved with the run"),
+        ("trainer.resume=maybe", "trainer.resume: wants auto or never, got 'maybe'"),
         ("trainer.max_steps=many", "trainer.max_steps: wants int, got 'many'"),
         ("trainer.bf16=3", "trainer.bf16: wants bool, got 3"),
         ("trainer.epochs=soon", "trainer.epochs: wants float or int, got 'soon'"),

@@ -34,7 +34,7 @@ from transformers import (
 
 from modeling_edgeglass import EdgeGlassModel, TextEncoder, VisionEncoder
 from modeling_edgeglass.backbones import hidden_size, load_backbone, max_positions
-from tests.conftest import TINY, tiny_efficientnet
+from tests.towers import TINY, tiny_efficientnet
 
 VISION = {"image_size": 64, "patch_size": 16}
 TEXT = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.conftest import picture, png, tiny_tokenizer, write_pairs
+from tests.conftest import picture, png, write_pairs
+from tests.towers import tiny_tokenizer
 from training.config import DatasetConfig
 from training.data import (
     EpochSampler,

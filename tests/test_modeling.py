@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, VisionEncoder
 from modeling_edgeglass.backbones import build_backbone
-from tests.conftest import TINY, tiny_efficientnet
+from tests.towers import TINY, tiny_efficientnet
 
 
 def test_saving_and_loading_gives_the_same_model(model: EdgeGlassModel, batch, tmp_path):

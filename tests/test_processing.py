@@ -6,7 +6,7 @@ from transformers import AutoProcessor, RobertaConfig, RobertaModel
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.backbones import load_backbone, max_positions
-from tests.conftest import TINY, tiny_tokenizer
+from tests.towers import TINY, tiny_tokenizer
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ _SET_ELSEWHERE = {
     "warmup_steps": "set optimization.warmup_ratio instead",
     "per_device_train_batch_size": "set dataset.batch_size instead",
     "dataloader_drop_last": "leave it out; training takes whole batches, and evaluation every sample",
+    "hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
+    "push_to_hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
     "remove_unused_columns": "leave it out; the collator makes the model's inputs",
 }
 

@@ -23,6 +23,8 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
             text.model_name,
             vision_revision=vision.revision,
             text_revision=text.revision,
+            vision_trust_remote_code=vision.trust_remote_code,
+            text_trust_remote_code=text.trust_remote_code,
             projection_dim=vision.projection_dim,
             mrl_dimensions=list(vision.mrl_dimensions),
             vision_use_attention_pooling=vision.use_attention_pooling,
@@ -56,6 +58,8 @@ def build_processor(config: AlignmentConfig, model: EdgeGlassModel) -> EdgeGlass
             max_positions=max_positions(model.text_encoder.backbone),
             vision_revision=config.vision_encoder.revision,
             text_revision=config.text_encoder.revision,
+            vision_trust_remote_code=config.vision_encoder.trust_remote_code,
+            text_trust_remote_code=config.text_encoder.trust_remote_code,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,6 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from training.errors import ConfigError
+
+# ${oc.env:TOKEN} and its like would read the environment of whoever runs a stranger's config, and save it.
+_RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
 @dataclass
@@ -38,6 +42,7 @@ class EncoderConfig:
 
     model_name: str = MISSING  # id on the Hub, or a directory
     revision: str | None = None  # commit, tag or branch on the Hub
+    trust_remote_code: bool = False  # run model code that comes with the checkpoint
     projection_dim: int = 4096  # size of the full embedding; both towers must agree
     mrl_dimensions: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # both towers must agree
     use_attention_pooling: bool = True  # False: the backbone's own pooled output, or the mean of its tokens
@@ -133,6 +138,10 @@ def save_config(config: AlignmentConfig, path: str | os.PathLike[str]) -> None:
 
 
 def _merge(config: DictConfig, changes: Any, origin: str) -> DictConfig:
+    if resolver := _RESOLVER.search(OmegaConf.to_yaml(changes)):
+        raise ConfigError(
+            f"{origin}: {resolver[0]}...: a config is data; of interpolations only ${{section.key}} is read"
+        )
     for key in changes:
         if key in config and OmegaConf.is_config(config.get(key)) and not OmegaConf.is_dict(changes[key]):
             raise ConfigError(f"{origin}: {key} is a section of keys, not the value {changes[key]!r}")
