@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from tests.conftest import write_pairs
+from tests.test_recovery import assert_equal_bits
+from training.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -142,3 +145,26 @@ def test_help_helps():
     assert "--config" in done.stdout
     assert "key=value" in done.stdout
     assert "MODEL" in start(sys.executable, "-m", "training.evaluate", "--help").stdout.upper()
+
+
+def two_ranks(run_config: Path, output_dir: Path, mode: str, **options) -> subprocess.CompletedProcess[str]:
+    command = (BIN / "torchrun", "--nproc_per_node", 2, "-m", "tests.two_ranks", run_config, output_dir, mode)
+    return start(*command, **options)
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_ends_with_the_same_bits(run_config: Path):
+    whole, cut = run_config.parent / "whole", run_config.parent / "cut"
+    two_ranks(run_config, whole, "whole")
+    two_ranks(run_config, cut, "terminated")
+    assert newest_checkpoint(cut) == cut / "checkpoint-5"
+    two_ranks(run_config, cut, "whole")
+    for rank in (0, 1):
+        left = [torch.load(folder / f"left-{rank}.pt", weights_only=True) for folder in (whole, cut)]
+        assert_equal_bits(*left)
+
+
+def test_when_one_rank_dies_the_other_ends_too(run_config: Path):
+    begun = time.monotonic()
+    two_ranks(run_config, run_config.parent / "run", "killed", expect_success=False)
+    assert time.monotonic() - begun < 100  # the start included; a rank that waits for a dead one waits half an hour
+    assert newest_checkpoint(run_config.parent / "run") == run_config.parent / "run" / "checkpoint-3"
