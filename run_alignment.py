@@ -11,6 +11,7 @@ the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json
 
 import argparse
 import os
+import re
 import sys
 
 from training.config import AlignmentConfig, load_config, save_config
@@ -24,7 +25,10 @@ def main() -> None:
     try:
         sys.exit(align(load_config(options.config, options.overrides)))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)  # one rank speaks
+        # From a loader's worker the message comes with a traceback in front of it.
+        sys.exit("error: " + re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]))
 
 
 def align(config: AlignmentConfig) -> int:
@@ -88,6 +92,8 @@ def align(config: AlignmentConfig) -> int:
     if args.should_save:
         save_model(model, processor, output_dir)
         save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
+        best = trainer.state.best_global_step
+        print(f"model of step {best}, the lowest val loss" if best else "model of the last step")
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
         print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
     trainer.accelerator.end_training()

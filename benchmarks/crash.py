@@ -147,7 +147,7 @@ def count_differences(left: Path, right: Path) -> dict[str, int]:
 def without_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Logged values but for times, and for the mean loss of a session, which is another when there are several."""
     timed = ("runtime", "per_second", "total_flos")
-    return [{k: v for k, v in entry.items() if not k.endswith(timed) and k != "train/loss"} for entry in entries]
+    return [{k: v for k, v in entry.items() if not k.endswith(timed) and k != "train/mean_loss"} for entry in entries]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ SUPPORTED_BACKBONES = {
     "CLIP text, T5 encoder, Qwen3 and their kin",
 }
 
+_MAIN_INPUT = {"vision": "pixel_values", "text": "input_ids"}
+
 # What configs call the width of last_hidden_state: most models, staged convolutional ones, EfficientNet.
 _WIDTH_KEYS = ("hidden_size", "hidden_sizes", "hidden_dim")
 
@@ -63,6 +65,8 @@ def load_backbone(
         )
     finally:
         logging.set_verbosity(verbosity)
+    if backbone.main_input_name != _MAIN_INPUT[modality]:
+        raise ValueError(f"{type(backbone).__name__} is no {modality} tower; use {SUPPORTED_BACKBONES[modality]}")
     # Checkpoints without a pooler are common, and its output is used on request alone.
     missing = [key for key in sorted(report["missing_keys"]) if "pooler" not in key]
     if missing:

@@ -1,8 +1,9 @@
 """Gathering over ranks; on one process every function is the identity."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 
@@ -22,7 +23,7 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     The backward pass sums over the ranks, so that a loss that each rank takes as the mean over its own rows
     gets, after DDP's averaging, the gradient of one process with the whole batch.
     """
-    return torch.cat(dist_nn.all_gather(rows)) if world_size() > 1 else rows
+    return _GatherWithGrad.apply(rows) if world_size() > 1 else rows
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -32,3 +33,16 @@ def gather(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]

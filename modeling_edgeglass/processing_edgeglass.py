@@ -1,5 +1,6 @@
 """EdgeGlassProcessor: pictures and captions as a model wants them."""
 
+import os
 from typing import Any
 
 from PIL import Image
@@ -44,14 +45,12 @@ class EdgeGlassProcessor(ProcessorMixin):
         """Inputs of `EdgeGlassModel`: `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L).
 
         Args:
-            images: One picture or a list of them, of any Pillow mode, arrays or tensors.
+            images: One picture or a list of them: of any Pillow mode, paths of picture files, or arrays and
+                tensors with values in 0..255.
             text: One caption or a list of them.
             **kwargs: As for any transformers processor, such as `return_tensors="np"`.
         """
-        if isinstance(images, Image.Image):
-            images = to_rgb(images)
-        elif isinstance(images, list | tuple):
-            images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        images = [_plain(image) for image in images] if isinstance(images, list | tuple) else _plain(images)
         return super().__call__(images=images, text=text, **kwargs)
 
     @classmethod
@@ -115,6 +114,14 @@ class EdgeGlassProcessor(ProcessorMixin):
             )
         tokenizer.model_max_length = min(limit, max_text_length or limit)
         return cls(image_processor, tokenizer)
+
+
+def _plain(image: Any) -> Any:
+    """Pictures and paths of them as RGB on white; anything else as it is."""
+    if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+        with Image.open(image) as opened:
+            return to_rgb(opened)
+    return to_rgb(image) if isinstance(image, Image.Image) else image
 
 
 def _own_image_size(config: PreTrainedConfig, image_processor: Any) -> int:

@@ -34,6 +34,8 @@ def test_any_field_of_training_arguments_passes(run_config: Path):
     assert build_training_arguments(load_config(run_config)).eval_strategy == "no"
     steps = build_training_arguments(load_config(run_config, ["trainer.eval_strategy=steps", "trainer.eval_steps=5"]))
     assert steps.save_strategy == "steps"
+    assert steps.save_steps == 5  # so that the best model is there to load
+    assert not build_training_arguments(load_config(run_config, ["trainer.save_strategy=no"])).load_best_model_at_end
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,8 @@ def test_any_field_of_training_arguments_passes(run_config: Path):
         ("trainer.dataloader_drop_last=true", "trainer.dataloader_drop_last: leave it out"),
         ("trainer.hub_token=secret", "trainer.hub_token: leave it out, it would be saved with the run"),
         ("trainer.resume=maybe", "trainer.resume: wants auto or never, got 'maybe'"),
+        ("trainer.report_to=no_such_tracker", "trainer.report_to: no_such_tracker is not installed"),
+        ("trainer.resume_from_checkpoint=x", "trainer.resume_from_checkpoint: leave it out"),
         ("trainer.max_steps=many", "trainer.max_steps: wants int, got 'many'"),
         ("trainer.bf16=3", "trainer.bf16: wants bool, got 3"),
         ("trainer.epochs=soon", "trainer.epochs: wants float or int, got 'soon'"),

@@ -170,6 +170,13 @@ def test_a_missing_tower_names_itself(tmp_path):
         load_backbone("text", str(tmp_path))
 
 
+def test_swapped_towers_are_refused(vision_dir: str, text_dir: str):
+    with pytest.raises(ValueError, match="BertModel is no vision tower; use a vision model"):
+        load_backbone("vision", text_dir)
+    with pytest.raises(ValueError, match="ViTModel is no text tower; use a text model"):
+        load_backbone("text", vision_dir)
+
+
 def test_a_checkpoint_without_the_towers_weights_is_refused(tmp_path):
     model = TEXT_MODELS["bert"]()
     model.config.num_hidden_layers = 3  # one more than there are weights for

@@ -260,7 +260,7 @@ def test_a_set_of_one_pair_is_refused(tmp_path: Path):
             {"image": png(Image.new("RGB", (50, 50)))[:-30], "caption": "x"},
             "row 1 (sample_id bad): no readable picture: ",
         ),
-        ({"image": None, "caption": "x"}, "row 1 (sample_id bad): the picture is empty"),
+        ({"image": None, "caption": "x"}, "row 1 (sample_id bad): the picture is empty, or not embedded"),
         ({"image": picture("x"), "caption": None}, "row 1 (sample_id bad): the caption is empty"),
     ],
 )

@@ -34,9 +34,12 @@ def test_saving_and_loading_changes_nothing(processor: EdgeGlassProcessor, tmp_p
     assert after["input_ids"].shape == (1, 20)
 
 
-def test_transparent_and_rotated_pictures_look_as_in_training(processor: EdgeGlassProcessor):
+def test_transparent_pictures_look_as_in_training_opened_or_by_path(processor: EdgeGlassProcessor, tmp_path):
     transparent, white = Image.new("RGBA", (40, 40), (0, 0, 0, 0)), Image.new("RGB", (40, 40), "white")
     assert torch.equal(processor(images=transparent)["pixel_values"], processor(images=white)["pixel_values"])
+    transparent.save(tmp_path / "a.png")
+    by_path = processor(images=str(tmp_path / "a.png"))["pixel_values"]
+    assert torch.equal(by_path, processor(images=white)["pixel_values"])
     both = processor(images=[transparent, white])["pixel_values"]
     assert torch.equal(both[0], both[1])
 

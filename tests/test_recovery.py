@@ -226,7 +226,7 @@ def test_more_epochs_extend_a_run(run_config: Path):
     ("override", "message"),
     [
         ("dataset.batch_size=5", "dataset.batch_size was 4 and is 5"),
-        ("trainer.seed=7", "trainer.seed was None and is 7"),
+        ("trainer.seed=7", "trainer.seed was 42 and is 7"),
         ("optimization.lr=0.5", "optimization.lr was 0.01 and is 0.5"),
         ("dataset.train_parquet={folder}/val.parquet", "content of dataset.train_parquet was '"),
     ],

@@ -1,6 +1,7 @@
 """From a run's config to `transformers.TrainingArguments`."""
 
 import difflib
+import importlib.util
 import os
 import types
 import typing
@@ -26,6 +27,7 @@ _SET_ELSEWHERE = {
     "per_device_train_batch_size": "set dataset.batch_size instead",
     "dataloader_drop_last": "leave it out; training takes whole batches, and evaluation every sample",
     "hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
+    "resume_from_checkpoint": "leave it out; a run goes on from what is in trainer.output_dir",
     "push_to_hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
     "remove_unused_columns": "leave it out; the collator makes the model's inputs",
 }
@@ -47,14 +49,20 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         raise ConfigError(f"trainer.resume: wants auto or never, got {config.trainer['resume']!r}")
     _check_type("trainer.epochs", epochs, float)
     _check_options(options)
+    _check_reporting(options.get("report_to"))
     eval_strategy = options.get("eval_strategy", "epoch")
+    save_strategy = options.get("save_strategy", eval_strategy if eval_strategy != "no" else "epoch")
+    if eval_strategy == "no" and config.optimization.early_stopping_patience is not None:
+        raise ConfigError("optimization.early_stopping_patience: nothing is evaluated with trainer.eval_strategy=no")
     both_frozen = config.vision_encoder.freeze and config.text_encoder.freeze
     beta1, beta2 = config.optimization.betas
     defaults = {
         "eval_strategy": eval_strategy,
-        "save_strategy": eval_strategy if eval_strategy != "no" else "epoch",
+        "save_strategy": save_strategy,
+        # The best model is one that was evaluated and saved.
+        **({"save_steps": options["eval_steps"]} if "eval_steps" in options else {}),
         "save_total_limit": 2,
-        "load_best_model_at_end": eval_strategy != "no",
+        "load_best_model_at_end": "no" not in (eval_strategy, save_strategy),
         "metric_for_best_model": "loss",
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # it would hide a loss that is NaN
@@ -96,6 +104,13 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
             **_device_options(),
         }
     )
+
+
+def _check_reporting(names: Any) -> None:
+    """Trackers are named after their packages; Trainer would end in a traceback."""
+    for name in [names] if isinstance(names, str) else names or []:
+        if name not in ("none", "all") and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"trainer.report_to: {name} is not installed: pip install {name}")
 
 
 def _device_options() -> dict[str, Any]:

@@ -13,6 +13,9 @@ def logged_names(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer's names as ours: `loss` becomes `train/loss`, `learning_rate` `train/lr`, `eval_i2t_r1` `val/i2t_r1`."""
     renamed = {}
     for name, value in logs.items():
+        if name == "train_loss":  # of the whole session; `loss` is the mean since the last log
+            renamed["train/mean_loss"] = value
+            continue
         for prefix, split in _SPLITS.items():
             if name.startswith(prefix):
                 renamed[split + name.removeprefix(prefix)] = value
@@ -48,4 +51,5 @@ class AlignmentProgressCallback(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None and logs:
             named = logged_names(logs)
             shown = [f"{name} {named[name]:.4g}" for name in self._SHOWN if name in named]
-            self.training_bar.write(f"step {state.global_step}  " + "  ".join(shown))
+            if len(shown) > 1:  # more than the epoch
+                self.training_bar.write(f"step {state.global_step}  " + "  ".join(shown))

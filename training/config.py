@@ -13,6 +13,9 @@ from yaml import YAMLError
 
 from training.errors import ConfigError
 
+# Of the trainer section, what a run's saved config should always tell.
+_TRAINER_DEFAULTS = {"epochs": 3, "resume": "auto", "seed": 42}
+
 # ${oc.env:TOKEN} and its like would read the environment of whoever runs a stranger's config, and save it.
 _RESOLVER = re.compile(r"\$\{[^}]*:")
 
@@ -128,6 +131,8 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         if not separator or not key:
             raise ConfigError(f"{override!r}: an override looks like section.key=value")
         config = _merge(config, OmegaConf.from_dotlist([override]), origin=override)
+    for key, value in _TRAINER_DEFAULTS.items():
+        config.trainer.setdefault(key, value)
     _check(config, origin=str(path))
     return cast(AlignmentConfig, config)
 
@@ -173,11 +178,16 @@ def _check(config: Any, origin: str) -> None:
         raise ConfigError(f"{origin}: dataset.text_dropout_prob must be in 0..1, got {dataset.text_dropout_prob}")
     if dataset.on_bad_sample not in ("replace", "raise"):
         raise ConfigError(f"{origin}: dataset.on_bad_sample must be replace or raise, got {dataset.on_bad_sample!r}")
+    for key, lowest in (("max_text_length", 1), ("max_image_pixels", 1), ("image_size", 8)):
+        if dataset[key] is not None and dataset[key] < lowest:
+            raise ConfigError(f"{origin}: dataset.{key} must be {lowest} or more, got {dataset[key]}")
+    if config.optimization.lr <= 0:
+        raise ConfigError(f"{origin}: optimization.lr must be positive, got {config.optimization.lr}")
     if len(config.optimization.betas) != 2:
         raise ConfigError(f"{origin}: optimization.betas must be two numbers, got {config.optimization.betas}")
     if not 0 <= config.optimization.warmup_ratio < 1:
         raise ConfigError(
-            f"{origin}: optimization.warmup_ratio must be in 0..1, got {config.optimization.warmup_ratio}"
+            f"{origin}: optimization.warmup_ratio must be in 0..1 and below 1, got {config.optimization.warmup_ratio}"
         )
     if config.optimization.on_nan not in ("stop", "skip"):
         raise ConfigError(f"{origin}: optimization.on_nan must be stop or skip, got {config.optimization.on_nan!r}")

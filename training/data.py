@@ -120,7 +120,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         row = self.pairs[index]
         file, number = self.pairs.where(index)
         if not row.image_bytes:
-            return BadSample(file, number, row.sample_id, "the picture is empty")
+            return BadSample(file, number, row.sample_id, "the picture is empty, or not embedded")
         if row.caption is None or not row.caption.strip():
             return BadSample(file, number, row.sample_id, "the caption is empty")
         try:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from training.errors import UserError
+from training.errors import ConfigError, DataError, UserError
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from training.tables import recall_table
     from training.trainer import AlignmentTrainer
 
+    if options.batch_size < 2:
+        raise ConfigError(f"--batch-size: a loss needs two pairs or more, got {options.batch_size}")
+    split = options.split or Path(options.parquet[0]).stem
     model, processor = load_model(options.model)
     dataset = PixmoParquetImageTextDataset(
         options.parquet,
@@ -40,17 +43,19 @@ def evaluate(options: argparse.Namespace) -> None:
         image_column=options.image_column,
         caption_column=options.caption_column,
     )
+    if len(dataset) < 2:
+        raise DataError(f"{', '.join(options.parquet)}: one pair is no set to evaluate: retrieval needs two or more")
     with tempfile.TemporaryDirectory() as unused_output_dir:
         args = build_evaluation_arguments(unused_output_dir, options.batch_size)
         prepare_cpu(args)
         trainer = AlignmentTrainer(model, args, processing_class=processor, eval_dataset=dataset)
         metrics = logged_names(trainer.evaluate())
-    metrics = {name.replace("val/", f"{options.split}/"): value for name, value in metrics.items()}
+    metrics = {name.replace("val/", f"{split}/"): value for name, value in metrics.items()}
     if args.should_save:
         beside_model = Path(options.model).parent if Path(options.model).is_dir() else Path()
-        output = options.output or beside_model / f"{options.split}_metrics.json"
+        output = options.output or beside_model / f"{split}_metrics.json"
+        print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions), split))
         save_metrics(metrics, output)
-        print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions), options.split))
         print(f"metrics: {output}")
     trainer.accelerator.end_training()
 
@@ -60,7 +65,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("model", help="directory or Hub id of a saved EdgeGlass model with its processor")
     parser.add_argument("parquet", nargs="+", help="parquet files or globs, read as one set")
     parser.add_argument("--output", type=Path, help="JSON file (default: SPLIT_metrics.json beside the model)")
-    parser.add_argument("--split", default="test", help="what the names of the numbers begin with (test)")
+    parser.add_argument("--split", help="what the names of the numbers begin with (default: PARQUET's name)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs per batch; the loss depends on it (64)")
     parser.add_argument("--image-column", help="column of the pictures (default: found by name)")
     parser.add_argument("--caption-column", help="column of the captions (default: found by name)")

@@ -63,6 +63,8 @@ class ParquetPairs:
         first = self.files[0]
         self._image = _find_column("image", image_column, IMAGE_COLUMNS, schemas[first].names, first)
         self._caption = _find_column("caption", caption_column, CAPTION_COLUMNS, schemas[first].names, first)
+        if self._image == self._caption:
+            raise DataError(f"{first}: column {self._image!r} is to be both picture and caption")
         self._sample_id = None
         if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(schemas[first].names):
             self._sample_id = _find_column(
@@ -123,7 +125,7 @@ def find_parquet_files(parquet_path: ParquetPath) -> list[str]:
     for path in [os.fspath(path) for path in paths]:
         matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not matches:
-            folder = os.path.dirname(path) or "."
+            folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
             beside = sorted(
                 os.path.basename(name) for name in glob.glob(os.path.join(glob.escape(folder), "*.parquet"))
             )

@@ -3,14 +3,10 @@
 import json
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +32,7 @@ from training.checkpoints import (
 from training.data import EpochSampler
 from training.errors import SickTrainingError
 from training.randomness import keyed_rng
+from training.signals import SignalListener
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +68,7 @@ class RecoverableTrainer(Trainer):
         self.args.logging_nan_inf_filter = on_nan == "skip"  # the log then passes over a dropped step
         self.preempted = False
         self.skipped_steps = 0
-        self._signals = _SignalListener()
+        self._signals = SignalListener()
         self._step = _StepRecord()
         self._due = _Due()
         self._resumed_from: Path | None = None
@@ -301,33 +298,6 @@ class _Due:
 
 class _EvaluationInterrupted(Exception):  # noqa: N818 - no error
     """A signal came while the model was evaluated."""
-
-
-class _SignalListener:
-    """Notes SIGTERM and SIGINT instead of dying of them."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within, signals are noted; a second SIGINT is a KeyboardInterrupt. In the main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        name = signal.Signals(number).name
-        logger.warning("%s: a checkpoint will be saved after this step, then training stops; Ctrl-C stops now", name)
 
 
 class _RecoveryCallback(TrainerCallback):

@@ -29,6 +29,10 @@ def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -
     output_dir = Path(config.trainer["output_dir"])
     if config.trainer.get("resume", "auto") == "never" and output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"{output_dir} is not empty, and trainer.resume=never starts only in an empty directory")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer.output_dir {output_dir} cannot be made: {error.strerror}") from error
     checkpoint = newest_checkpoint(output_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, identity)

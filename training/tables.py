@@ -14,7 +14,7 @@ def recall_table(metrics: Mapping[str, float], dimensions: Sequence[int], split:
         split: What the names begin with.
     """
     header = "dimension | i2t R@1   R@5  R@10 | t2i R@1   R@5  R@10"
-    lines = [header, "-" * len(header)]
+    lines = ["share of queries with a match among the first K, in percent", header, "-" * len(header)]
     for dimension in dimensions:
         suffix = "" if dimension == dimensions[0] else f"@{dimension}"
         cells = [
