@@ -102,8 +102,8 @@ def make_picture(format: str) -> bytes:
 
 
 def write_pictures(folder: Path, name: str, pictures: list[bytes]) -> Path:
-    """The pictures as rows 1, 2, ...; row 0 is intact, to stand in for bad ones."""
-    pictures = [make_picture("PNG"), *pictures]
+    """The pictures, and behind them as many intact ones to stand in for the bad."""
+    pictures = [*pictures, *[make_picture("PNG")] * len(pictures)]
     captions = [f"picture {i}" for i in range(len(pictures))]
     path = folder / f"{name}.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"image": pictures, "caption": captions}), path)
@@ -111,7 +111,7 @@ def write_pictures(folder: Path, name: str, pictures: list[bytes]) -> Path:
 
 
 def read_pictures(path: Path, index: int) -> str:
-    item = PixmoParquetImageTextDataset(path, get_image_transforms(64))[index + 1]
+    item = PixmoParquetImageTextDataset(path, get_image_transforms(64))[index]
     return "replaced" if item["bad_samples"] else "read"
 
 

@@ -3,7 +3,7 @@
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from modeling_edgeglass.images import to_rgb
 
@@ -33,6 +33,8 @@ def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
                 return to_rgb(image)
     except UndecodableImageError:
         raise
+    except UnidentifiedImageError as error:  # its message is the address of our buffer
+        raise UndecodableImageError("in no format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins let anything through: struct.error, KeyError, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UndecodableImageError(reason) from error
