@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import sys
+from datetime import UTC, datetime
 
 from training.config import AlignmentConfig, load_config, save_config
 from training.errors import UserError
@@ -38,8 +39,9 @@ def align(config: AlignmentConfig) -> int:
 
     from training.arguments import build_training_arguments
     from training.build import build_datasets, build_model, build_processor
-    from training.callbacks import logged_names
     from training.cpu import prepare_cpu
+    from training.environment import describe_environment, save_environment
+    from training.history import logged_names
     from training.identity import run_identity
     from training.results import (
         CONFIG,
@@ -53,6 +55,7 @@ def align(config: AlignmentConfig) -> int:
     )
     from training.tables import recall_table
     from training.trainer import AlignmentTrainer
+    from training.visualization.report import write_report
 
     args = build_training_arguments(config)
     output_dir = str(args.output_dir)
@@ -81,6 +84,7 @@ def align(config: AlignmentConfig) -> int:
     if args.should_save:
         clear_marks(output_dir)
         save_config(config, f"{output_dir}/{CONFIG}")
+        save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.preempted:
         if args.should_save:
@@ -92,6 +96,7 @@ def align(config: AlignmentConfig) -> int:
     if args.should_save:
         save_model(model, processor, output_dir)
         save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
+        write_report(output_dir, model.config.projection_dim)
         best = trainer.state.best_global_step
         print(f"model of step {best}, the lowest val loss" if best else "model of the last step")
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))

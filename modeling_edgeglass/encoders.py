@@ -1,6 +1,7 @@
 """The two towers: backbone -> pooling -> projection -> unit length."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from transformers import PreTrainedModel
 from .backbones import SUPPORTED_BACKBONES, Modality, hidden_size
 from .matryoshka import truncate_embeds
 from .pooling import build_pooling, masked_mean
+
+# Tokens without a place in the picture: CLS, distillation, registers.
+MAX_PREFIX_TOKENS = 16
 
 
 class _Encoder(nn.Module):
@@ -89,6 +93,33 @@ class VisionEncoder(_Encoder):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, projection_dim), in float32."""
         return self.embed(self._pool(*self._run_backbone(pixel_values=pixel_values.to(self.backbone.dtype))))
+
+    def attention_map(self, pixel_values: Tensor) -> Tensor:
+        """Weights that the learned pooling gives to the places of pictures (B, 3, S, S), as (B, height, width).
+
+        Those of a picture sum to 1, or to less where tokens without a place (CLS, registers) have the rest.
+
+        Raises:
+            ValueError: The pooling is not a learned one, or the tokens lie on no grid.
+        """
+        if self.pooling is None:
+            raise ValueError("use_attention_pooling is false: there are no learned weights to show")
+        tokens, _ = self._run_backbone(pixel_values=pixel_values.to(self.backbone.dtype))
+        weights: Tensor = cast(Any, self.pooling).attention_weights(tokens)  # (B, N)
+        height, width = self._grid(weights.shape[1], pixel_values.shape[2:])
+        return weights[:, -height * width :].unflatten(1, (height, width))
+
+    def _grid(self, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:
+        """Rows and columns that the last tokens of a picture (height, width) lie on; CLS and registers come first."""
+        patch_size = self.backbone.config.to_dict().get("patch_size")
+        if isinstance(patch_size, int):
+            height, width = image_size[0] // patch_size, image_size[1] // patch_size
+            if 0 <= num_tokens - height * width <= MAX_PREFIX_TOKENS:
+                return height, width
+        side = math.isqrt(num_tokens)
+        if side * side != num_tokens:
+            raise ValueError(f"the {num_tokens} tokens of {type(self.backbone).__name__} lie on no grid")
+        return side, side
 
 
 class TextEncoder(_Encoder):

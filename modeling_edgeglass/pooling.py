@@ -1,5 +1,7 @@
 """Learned pooling: from the tokens of a backbone (B, N, D) to one vector per sample (B, D)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +47,17 @@ class SimpleAttentionPooling(nn.Module):
             Pooled features (B, D); zeros where every token is padding.
         """
         padding, tokens = clear_padding(tokens, attention_mask)
+        weights = self._weights(padding, tokens)
+        return torch.einsum("bn,bnd->bd", weights.to(tokens.dtype), tokens)
+
+    def attention_weights(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Weight of each of the tokens (B, N, D) in the pooled vector, as float32 (B, N); each row sums to 1."""
+        return self._weights(*clear_padding(tokens, attention_mask))
+
+    def _weights(self, padding: Tensor, tokens: Tensor) -> Tensor:
         scores = (tokens @ self.score).float()  # (B, N)
         scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).masked_fill(padding, 0.0)  # an all-padding row pools to zeros, not NaN
-        return torch.einsum("bn,bnd->bd", weights.to(tokens.dtype), tokens)
+        return scores.softmax(dim=-1).masked_fill(padding, 0.0)  # an all-padding row pools to zeros, not NaN
 
 
 class AttentionPooling(nn.Module):
@@ -100,15 +109,29 @@ class AttentionPooling(nn.Module):
         Returns:
             Pooled features (B, D); zeros where every token is padding.
         """
+        answers, _ = self._attend(tokens, attention_mask, need_weights=False)
+        return answers.mean(dim=1)
+
+    def attention_weights(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Weight of each of the tokens (B, N, D) in the pooled vector, as float32 (B, N); each row sums to 1.
+
+        The mean over heads and queries.
+        """
+        _, weights = self._attend(tokens, attention_mask, need_weights=True)
+        return weights.mean(dim=1).float()
+
+    def _attend(self, tokens: Tensor, attention_mask: Tensor | None, *, need_weights: bool) -> tuple[Tensor, Any]:
+        """Answers (B, Q, D) to the queries, and their weights (B, Q, N) if needed; zeros where all is padding."""
         padding, tokens = clear_padding(tokens, attention_mask)
         tokens = self.norm(tokens)
         queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, D)
-        all_padding = padding.all(dim=-1, keepdim=True)  # (B, 1)
+        all_padding = padding.all(dim=-1).reshape(-1, 1, 1)  # (B, 1, 1)
         # Softmax over nothing is NaN: such a row attends to its padding, and its result is dropped.
-        answers, _ = self.attention(
-            queries, tokens, tokens, key_padding_mask=padding & ~all_padding, need_weights=False
-        )  # (B, Q, D)
-        return answers.mean(dim=1).masked_fill(all_padding, 0.0)
+        answers, weights = self.attention(
+            queries, tokens, tokens, key_padding_mask=padding & ~all_padding.squeeze(-1), need_weights=need_weights
+        )
+        weights = weights.masked_fill(all_padding, 0.0) if need_weights else None
+        return answers.masked_fill(all_padding, 0.0), weights
 
 
 def masked_mean(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

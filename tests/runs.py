@@ -11,7 +11,7 @@ from training.identity import run_identity
 from training.trainer import AlignmentTrainer
 
 
-def make_trainer(run_config: Path, *overrides: str) -> AlignmentTrainer:
+def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> AlignmentTrainer:
     config = load_config(run_config, overrides)
     args = build_training_arguments(config)
     torch.manual_seed(args.seed)
@@ -28,4 +28,5 @@ def make_trainer(run_config: Path, *overrides: str) -> AlignmentTrainer:
         identity=run_identity(config, model, data, args.world_size),
         on_nan=config.optimization.on_nan,
         max_bad_fraction=config.dataset.max_bad_fraction,
+        visualize=visualize,
     )

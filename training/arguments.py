@@ -65,6 +65,8 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         "load_best_model_at_end": "no" not in (eval_strategy, save_strategy),
         "metric_for_best_model": "loss",
         "logging_steps": 10,
+        "project": "edgeglass",
+        "run_name": os.path.basename(os.path.abspath(str(options.get("output_dir", "")))),
         "logging_nan_inf_filter": False,  # it would hide a loss that is NaN
         "lr_scheduler_type": "cosine",
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping

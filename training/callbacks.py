@@ -1,43 +1,74 @@
-"""What a run says while it goes on: names of metrics, and progress."""
+"""What a run says and leaves while it goes on: progress, history files, figures."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-_TRAIN_NAMES = {"learning_rate": "lr"}
-_SPLITS = {"eval_": "val/", "test_": "test/", "train_": "train/"}
+from training.data import PixmoParquetImageTextDataset
+from training.history import HistoryFiles, history_rows, logged_names
+from training.retrieval import EncodedPairs
+from training.visualization import draw_run, sample_evaluation, save_sample
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = (
+    "train/epoch",
+    "train/loss",
+    "train/loss_clip",
+    "train/loss_mrl",
+    "train/lr",
+    "val/loss",
+    "val/i2t_r1",
+    "val/t2i_r1",
+)
 
 
-def logged_names(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer's names as ours: `loss` becomes `train/loss`, `learning_rate` `train/lr`, `eval_i2t_r1` `val/i2t_r1`."""
-    renamed = {}
-    for name, value in logs.items():
-        if name == "train_loss":  # of the whole session; `loss` is the mean since the last log
-            renamed["train/mean_loss"] = value
-            continue
-        for prefix, split in _SPLITS.items():
-            if name.startswith(prefix):
-                renamed[split + name.removeprefix(prefix)] = value
-                break
-        else:
-            renamed["train/" + _TRAIN_NAMES.get(name, name)] = value
-    return renamed
+def log_line(state: TrainerState, logs: Mapping[str, Any]) -> str | None:
+    """A log in one short line: losses, or R@1 both ways; None where it has neither."""
+    named = logged_names(logs)
+    shown = [f"{name} {named[name]:.4g}" for name in _SHOWN if name in named]
+    return f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown) if len(shown) > 1 else None
 
 
 class AlignmentProgressCallback(ProgressCallback):
-    """Trainer's progress bars, with one short line per log: losses, or R@1 both ways."""
+    """Trainer's progress bars; the bar of training tells loss, R@1 and samples/s, and logs are lines above it."""
 
-    _SHOWN = (
-        "train/epoch",
-        "train/loss",
-        "train/loss_clip",
-        "train/loss_mrl",
-        "train/lr",
-        "val/loss",
-        "val/i2t_r1",
-        "val/t2i_r1",
-    )
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_bar: Any
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar where the run stands: steps of earlier sessions say nothing about the speed of this one."""
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move on."""
+        if state.is_world_process_zero:
+            samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            steps_per_second = self.training_bar.format_dict["rate"]
+            if steps_per_second:
+                self._shown["samples/s"] = f"{steps_per_second * samples:.0f}"
+            self.training_bar.set_postfix(self._shown, refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_log(
         self,
@@ -48,8 +79,94 @@ class AlignmentProgressCallback(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Write the line above the bar."""
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            named = logged_names(logs)
-            shown = [f"{name} {named[name]:.4g}" for name in self._SHOWN if name in named]
-            if len(shown) > 1:  # more than the epoch
-                self.training_bar.write(f"step {state.global_step}  " + "  ".join(shown))
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._shown["loss"] = f"{logs['loss']:.3f}"
+        if "eval_i2t_r1" in logs:
+            self._shown["R@1"] = f"{100 * logs['eval_i2t_r1']:.1f}/{100 * logs['eval_t2i_r1']:.1f}"
+        if line := log_line(state, logs):
+            self.training_bar.write(line)
+
+
+class LogLineCallback(PrinterCallback):
+    """One line per log, for files and dumb terminals (`trainer.disable_tqdm=true`)."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line."""
+        if state.is_world_process_zero and logs and (line := log_line(state, logs)):
+            tqdm.write(line)
+
+
+class HistoryCallback(TrainerCallback):
+    """Keeps `metrics.csv` and `training_history.json` in the output directory up to date.
+
+    What Trainer remembers is the truth: a session that goes on from a checkpoint writes both anew from there, so that
+    no step stands in them twice.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what earlier sessions logged."""
+        self._files: HistoryFiles | None = HistoryFiles(str(args.output_dir)) if state.is_world_process_zero else None
+        self._write(lambda files: files.write(history_rows(state.log_history)))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add what was logged now."""
+        self._write(lambda files: files.add(logged_names(state.log_history[-1])))
+
+    def _write(self, write: Callable[[HistoryFiles], None]) -> None:
+        if self._files is None:
+            return
+        try:
+            write(self._files)
+        except OSError as error:  # a full disk: checkpoints are what must not fail in silence, and they say so
+            self._files = None
+            logger.warning(
+                "metrics.csv and training_history.json end here (%s); the next session completes them", error
+            )
+
+
+class VisualizationCallback(TrainerCallback):
+    """Draws the figures and the report after every evaluation; training goes on whatever becomes of them.
+
+    Args:
+        trainer: An `AlignmentTrainer`, which keeps the pairs that it encoded last.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer: Any = trainer
+        self._has_warned = False
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep a sample of the evaluation, and draw."""
+        output_dir = Path(str(args.output_dir))
+        if not state.is_world_process_zero:
+            return
+        try:
+            failed = self._draw(output_dir, self._trainer.encoded, state.global_step)
+        except Exception as error:  # a run must not end because of a picture of it
+            failed = {"no figure": error}
+        if failed and not self._has_warned:
+            self._has_warned = True
+            reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
+            logger.warning(
+                "not everything could be drawn (%s); training goes on, further failures are not told", reasons
+            )
+
+    def _draw(self, output_dir: Path, encoded: EncodedPairs, step: int) -> dict[str, Exception]:
+        dataset = self._trainer.eval_dataset
+        if isinstance(dataset, PixmoParquetImageTextDataset):
+            seed = self._trainer.args.seed
+            save_sample(sample_evaluation(encoded, dataset, self._trainer.model, step=step, seed=seed), output_dir)
+        return draw_run(output_dir)

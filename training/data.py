@@ -116,6 +116,15 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
             bad.append(item)
         raise DataError(f"{bad[0].file}: {len(bad)} rows in a row are bad, such as {bad[0].row}: {bad[0].reason}")
 
+    def pair(self, index: int) -> tuple[Image.Image, str]:
+        """Picture and caption of a row as they are, RGB and without transform.
+
+        Raises:
+            UndecodableImageError: The row has no picture that can be read.
+        """
+        row = self.pairs[index]
+        return decode_image(row.image_bytes or b"", self.max_image_pixels), row.caption or ""
+
     def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
         row = self.pairs[index]
         file, number = self.pairs.where(index)

@@ -24,9 +24,9 @@ def evaluate(options: argparse.Namespace) -> None:
     # As in run_alignment.py, --help does not wait for torch.
     from training.arguments import build_evaluation_arguments
     from training.build import image_transforms, load_model
-    from training.callbacks import logged_names
     from training.cpu import prepare_cpu
     from training.data import PixmoParquetImageTextDataset
+    from training.history import logged_names
     from training.results import save_metrics
     from training.tables import recall_table
     from training.trainer import AlignmentTrainer
@@ -48,7 +48,7 @@ def evaluate(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as unused_output_dir:
         args = build_evaluation_arguments(unused_output_dir, options.batch_size)
         prepare_cpu(args)
-        trainer = AlignmentTrainer(model, args, processing_class=processor, eval_dataset=dataset)
+        trainer = AlignmentTrainer(model, args, processing_class=processor, eval_dataset=dataset, visualize=False)
         metrics = logged_names(trainer.evaluate())
     metrics = {name.replace("val/", f"{split}/"): value for name, value in metrics.items()}
     if args.should_save:

@@ -26,13 +26,14 @@ _FREE_KEYS = {
     "trainer.max_steps",
     "trainer.output_dir",
     "trainer.resume",
+    "trainer.project",
     "trainer.run_name",
     "trainer.report_to",
     "trainer.disable_tqdm",
     "trainer.save_total_limit",
     "optimization.early_stopping_patience",
 }
-_FREE_PREFIXES = ("trainer.dataloader_", "trainer.hub_", "trainer.push_to_hub", "trainer.log_")
+_FREE_PREFIXES = ("trainer.dataloader_", "trainer.hub_", "trainer.push_to_hub", "trainer.log_", "trainer.trackio_")
 
 _BLOCK, _BLOCKS_PER_FILE = 1 << 16, 16
 

@@ -109,12 +109,16 @@ class RecoverableTrainer(Trainer):
         """As Trainer's; `resume_from_checkpoint` is None or what `newest_checkpoint` gave."""
         self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         path = None if self._resumed_from is None else str(self._resumed_from)
+        taking_up = _TakingUpCallback(self)  # behind all others: they must have begun before anything is made up for
+        self.add_callback(taking_up)
         with self._signals.listening():
             try:
                 return super().train(path, trial, ignore_keys_for_eval)
             except _EvaluationInterrupted:  # before the first step of this session: nothing is new
                 self.preempted = True
                 return TrainOutput(self.state.global_step, 0.0, {})
+            finally:
+                self.remove_callback(taking_up)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -306,11 +310,6 @@ class _RecoveryCallback(TrainerCallback):
     def __init__(self, trainer: RecoverableTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._take_up_progress()
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -333,3 +332,15 @@ class _RecoveryCallback(TrainerCallback):
             control._new_step()  # nothing more is done; it is due when the run goes on
         else:
             self.trainer._due = _Due()
+
+
+class _TakingUpCallback(TrainerCallback):
+    """Makes up, at the start of a session, for what the one before still had to do."""
+
+    def __init__(self, trainer: RecoverableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._take_up_progress()

@@ -1,6 +1,7 @@
 """Retrieval metrics: who finds whom, both ways and at every size, from embeddings that were encoded once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,23 @@ from modeling_edgeglass.matryoshka import truncate_embeds
 
 QUERIES_PER_CHUNK = 1024
 RECALL_KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """A set of N pairs that was encoded once.
+
+    Args:
+        image_embeds: Unit vectors (N, D).
+        text_embeds: Unit vectors (N, D); text i is the caption of image i.
+        rows: Their places in the dataset (N,): bad rows are left out.
+        match_ids: Integer columns (N,); rows with an equal id in any of them match each other.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    rows: Tensor
+    match_ids: Sequence[Tensor] = ()
 
 
 def retrieval_metrics(
@@ -42,7 +60,9 @@ def retrieval_metrics(
     return metrics
 
 
-def match_ranks(queries: Tensor, gallery: Tensor, match_ids: Sequence[Tensor] = ()) -> Tensor:
+def match_ranks(
+    queries: Tensor, gallery: Tensor, match_ids: Sequence[Tensor] = (), *, rows: Tensor | None = None
+) -> Tensor:
     """Ranks of the matches of every query, the best first.
 
     Gallery item j matches query i when they are the same row, or rows with an equal id: equal captions, or
@@ -53,17 +73,19 @@ def match_ranks(queries: Tensor, gallery: Tensor, match_ids: Sequence[Tensor] = 
         queries: Unit vectors (N, D).
         gallery: Unit vectors (N, D); item i belongs to query i.
         match_ids: Integer columns (N,), on any device.
+        rows: The queries that are asked (Q,); None asks all N.
 
     Returns:
-        Ranks (N, M) from 1, where M is the largest number of matches of a query; infinity where one has fewer.
+        Ranks (Q, M) from 1, where M is the largest number of matches of a query; infinity where one has fewer.
 
     Raises:
         ValueError: An embedding is NaN or infinite.
     """
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("embeddings are NaN or infinite, so that nothing can be ranked: training has diverged")
-    rows = torch.arange(len(queries), device=queries.device)
-    match_ids = [rows, *(ids.to(queries.device) for ids in match_ids)]
+    items = torch.arange(len(queries), device=queries.device)
+    rows = items if rows is None else rows
+    match_ids = [items, *(ids.to(queries.device) for ids in match_ids)]
     chunks = [_rank_chunk(chunk, queries, gallery, match_ids) for chunk in rows.split(QUERIES_PER_CHUNK)]
     most = max(chunk.shape[1] for chunk in chunks)
     padded = [torch.nn.functional.pad(chunk, (0, most - chunk.shape[1]), value=float("inf")) for chunk in chunks]

@@ -8,17 +8,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.captions import hash_captions
 from training.bad_samples import BadSampleLog
-from training.callbacks import AlignmentProgressCallback
+from training.callbacks import AlignmentProgressCallback, HistoryCallback, LogLineCallback, VisualizationCallback
 from training.data import ImageTextCollator, PixmoParquetImageTextDataset
 from training.errors import DataError
+from training.history import Row, history_rows
 from training.recovery import RecoverableTrainer
-from training.retrieval import retrieval_metrics
+from training.retrieval import EncodedPairs, retrieval_metrics
+from training.tracking import name_as_we_do
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +52,10 @@ class AlignmentTrainer(RecoverableTrainer):
         callbacks: Further callbacks.
         identity: As in `RecoverableTrainer`; so is `on_nan`.
         max_bad_fraction: 0..1, share of a file's rows; more bad ones stop the run.
+        visualize: Draw figures and the report into the output directory after every evaluation.
+
+    Attributes:
+        encoded: The pairs of the last evaluation, on the CPU; None before.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class AlignmentTrainer(RecoverableTrainer):
         identity: Mapping[str, Any] | None = None,
         on_nan: str = "stop",
         max_bad_fraction: float = 0.05,
+        visualize: bool = True,
     ) -> None:
         if early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
@@ -75,6 +88,14 @@ class AlignmentTrainer(RecoverableTrainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AlignmentProgressCallback)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLineCallback)
+        if train_dataset is not None:
+            self.add_callback(HistoryCallback)
+        if visualize:
+            self.add_callback(VisualizationCallback(self))
+        name_as_we_do(self)  # behind the figures, which they send
+        self.encoded: EncodedPairs | None = None
         rows_per_file: dict[str, int] = {}
         for dataset in (train_dataset, eval_dataset):
             if isinstance(dataset, PixmoParquetImageTextDataset):
@@ -85,6 +106,11 @@ class AlignmentTrainer(RecoverableTrainer):
     @property
     def _model(self) -> EdgeGlassModel:
         return cast(EdgeGlassModel, self.model)
+
+    @property
+    def history(self) -> list[Row]:
+        """What was logged: a row per step, under the logged names."""
+        return history_rows(self.state.log_history)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """The model's weights but for frozen backbones, which the run's identity names instead."""
@@ -119,7 +145,12 @@ class AlignmentTrainer(RecoverableTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with `loss_clip` and `loss_mrl` beside `loss`: means since the last log."""
+        """Log as Trainer does, with `loss_clip` and `loss_mrl` beside `loss`: means since the last log.
+
+        An evaluation outside of training, as of the best model at the end, is no point of the history.
+        """
+        if not self.is_in_train:
+            return
         if "loss" in logs:
             clip, mrl, count = self.accelerator.reduce(self._loss_parts, reduction="sum").tolist()
             logs |= {"loss_clip": clip / count, "loss_mrl": mrl / count}
@@ -148,8 +179,11 @@ class AlignmentTrainer(RecoverableTrainer):
         warn_if_collapsed(image_embeds, text_embeds)
         metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
         metrics |= retrieval_metrics(image_embeds, text_embeds, self._model.config.mrl_dimensions, match_ids)
+        self.encoded = EncodedPairs(
+            image_embeds.cpu(), text_embeds.cpu(), is_valid.nonzero().flatten().cpu(), [ids.cpu() for ids in match_ids]
+        )
         return EvalLoopOutput(
-            predictions=cast(Any, (image_embeds.cpu().numpy(), text_embeds.cpu().numpy())),
+            predictions=cast(Any, (self.encoded.image_embeds.numpy(), self.encoded.text_embeds.numpy())),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(image_embeds),

@@ -1,0 +1,21 @@
+"""Pictures of a run: `TrainingVisualizer`, and `python -m training.visualization OUTPUT_DIR`."""
+
+from training.visualization.draw import draw_run
+from training.visualization.gallery import Gallery, find_nearest
+from training.visualization.overview import caption_lengths, model_parts, pairs_grid
+from training.visualization.sample import EvaluationSample, load_sample, sample_evaluation, save_sample
+from training.visualization.visualizer import TrainingVisualizer
+
+__all__ = [
+    "EvaluationSample",
+    "Gallery",
+    "TrainingVisualizer",
+    "caption_lengths",
+    "draw_run",
+    "find_nearest",
+    "load_sample",
+    "model_parts",
+    "pairs_grid",
+    "sample_evaluation",
+    "save_sample",
+]

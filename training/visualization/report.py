@@ -1,0 +1,95 @@
+"""report.html: one file with everything that a run left, for people; it opens without a network."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from training.environment import ENVIRONMENT
+from training.history import EPOCH, STEP, read_history
+from training.results import CONFIG, FINAL_METRICS, PREEMPTED
+from training.retrieval import RECALL_KS
+
+REPORT = "report.html"
+
+# In the order that they are read in; each with what it answers.
+FIGURES = {
+    "retrieval_gallery": "What does it find? Queries are drawn at random.",
+    "training_curves": "Has it learnt, and does val still follow?",
+    "mrl_performance": "How much do small embeddings keep?",
+    "loss_components": "Which part of the loss moves?",
+    "similarity_matrix": "Are pairs more alike than the rest?",
+    "embedding_space": "Where do pictures and captions lie?",
+    "attention_map": "Where does the pooling look?",
+    "lr_schedule": "What was the learning rate?",
+}
+
+
+def write_report(output_dir: str | os.PathLike[str], full_dimension: int | None) -> Path:
+    """Write `report.html` from the files of a run: figures, tables, config, environment, command.
+
+    Args:
+        output_dir: The run's output directory.
+        full_dimension: Numbers of the full embedding; None where it is not known.
+    """
+    folder = Path(output_dir)
+    rows = read_history(folder)
+    evaluations = [row for row in rows if "val/i2t_r1" in row]
+    last = evaluations[-1] if evaluations else {}
+    final = _read_json(folder / FINAL_METRICS)
+    metrics = final or last
+    config = folder / CONFIG
+    template = resources.files("training.visualization").joinpath("report.html.jinja").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html = environment.from_string(template).render(
+        name=folder.resolve().name,
+        state=_state(folder, bool(final), rows[-1] if rows else {}),
+        origin="the model that was saved" if final else f"step {last.get(STEP, 0)}",
+        recall=_recall_rows(metrics, full_dimension),
+        recall_ks=RECALL_KS,
+        metrics={name: value for name, value in sorted(metrics.items()) if "@" not in name},
+        figures=[
+            (name, question, base64.b64encode(path.read_bytes()).decode())
+            for name, question in FIGURES.items()
+            if (path := folder / f"{name}.png").exists()
+        ],
+        environment=_read_json(folder / ENVIRONMENT),
+        config=config.read_text() if config.exists() else "",
+    )
+    aside = folder / f"{REPORT}.tmp"
+    aside.write_text(html, encoding="utf-8")
+    return aside.replace(folder / REPORT)
+
+
+def _state(folder: Path, is_finished: bool, last: Mapping[str, Any]) -> str:
+    reached = f"step {last.get(STEP, 0)}, epoch {last.get(EPOCH, 0):.4g}"
+    if is_finished:
+        return f"finished at {reached}"
+    return f"stopped by a signal at {reached}" if (folder / PREEMPTED).exists() else f"at {reached}"
+
+
+def _recall_rows(metrics: Mapping[str, Any], full_dimension: int | None) -> list[dict[str, Any]]:
+    """Per size, the largest first: its name, R@K both ways in percent, and the kept share of the mean R@1."""
+    if "val/i2t_r1" not in metrics:
+        return []
+    sizes = sorted({int(name.partition("@")[2]) for name in metrics if name.startswith("val/i2t_r1@")}, reverse=True)
+
+    def mean_r1(suffix: str) -> float:
+        return (metrics[f"val/i2t_r1{suffix}"] + metrics[f"val/t2i_r1{suffix}"]) / 2
+
+    rows = []
+    for size in (None, *sizes):
+        suffix = "" if size is None else f"@{size}"
+        recalls = [100 * metrics[f"val/{way}_r{k}{suffix}"] for way in ("i2t", "t2i") for k in RECALL_KS]
+        kept = 100 * mean_r1(suffix) / mean_r1("") if mean_r1("") else None
+        rows.append({"size": size or full_dimension or "full", "recalls": recalls, "kept": kept})
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

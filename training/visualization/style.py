@@ -1,0 +1,74 @@
+"""One look for every figure: the palette, axes, and text that comes from captions."""
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# The palette of Okabe and Ito (2008, jfly.uni-koeln.de/color), which colour-blind people can tell apart. A colour has
+# one meaning in every figure: pictures and image-to-text, text and text-to-image, and what is neither.
+IMAGE, TEXT, THIRD, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#767676"
+HEAT = "cividis"  # even for all kinds of colour vision, from dark blue to yellow
+
+DPI = 110  # pixels per inch
+MANY_POINTS = 60  # from here on single points are no longer marked, and a running mean is drawn over the values
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, width and height in inches; no global state, no display."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def finish_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title, names with units, a light grid, and no box around it."""
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def draw_series(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str, style: str = "-"
+) -> None:
+    """A line over steps; what is not finite leaves a gap, and is counted in the label."""
+    array = np.asarray(values, dtype=float)
+    missing = int((~np.isfinite(array)).sum())
+    array = np.where(np.isfinite(array), array, np.nan)
+    label = f"{label} ({missing} not finite)" if missing else label
+    if len(array) <= MANY_POINTS:
+        axes.plot(steps, array, style, color=color, label=label, linewidth=1.6, marker="o", markersize=3.5)
+        return
+    axes.plot(steps, array, style, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, running_mean(array, len(array) // 20), style, color=color, label=label, linewidth=1.8)
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values among the `width` on either side, at every place; NaN where there is none."""
+    finite = np.isfinite(values)
+    window = np.ones(2 * width + 1)
+    counts = np.convolve(finite, window, mode="full")[width : width + len(values)]
+    sums = np.convolve(np.where(finite, values, 0.0), window, mode="full")[width : width + len(values)]
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def short(caption: str, length: int) -> str:
+    """A caption in one line of at most `length` characters, safe for matplotlib.
+
+    Control characters are dropped, and `$` would begin a formula.
+    """
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", caption).strip()
+    if len(line) > length:
+        line = line[: length - 1].rstrip() + "…"
+    return line.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG; letters that the font lacks (emoji, many scripts) become boxes without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, format="png")
