@@ -115,6 +115,8 @@ def test_a_history_of_one_step_or_with_nan_is_drawn(draw: TrainingVisualizer):
         draw.plot_training_curves(rows)
         draw.plot_loss_components(rows)
         draw.plot_lr_schedule(rows)
+    rates = line_values(draw.plot_lr_schedule(history(500)), 0, "learning rate")
+    assert rates == pytest.approx([0.1 / step for step in range(1, 501)])  # exact: it is not noise
     figure = draw.plot_training_curves(history(7, nan=True))
     assert np.isnan(line_values(figure, 0, "train")[2])
     assert figure.axes[0].get_legend().get_texts()[0].get_text().endswith("(2 not finite)")

@@ -30,7 +30,7 @@ def training_curves(rows: Sequence[Row]) -> Figure:
         steps, shares = series(rows, f"val/{name}_r1")
         draw_series(recall, steps, [100 * share for share in shares], label, color)
     finish_axes(recall, "Retrieval on val, full size", STEP_LABEL, "R@1 (%)")
-    recall.set_ylim(bottom=0)
+    recall.set_ylim(0, max(1.0, 1.15 * recall.dataLim.ymax) if np.isfinite(recall.dataLim.ymax) else 1.0)
     for axes in (losses, recall):
         axes.set_xlim(left=0)
         axes.legend(frameon=False)
@@ -66,7 +66,7 @@ def lr_schedule(rows: Sequence[Row]) -> Figure:
     steps, rates = series(rows, "train/lr")
     figure = new_figure(6, 4)
     axes = figure.subplots()
-    draw_series(axes, steps, rates, "learning rate", IMAGE)
+    draw_series(axes, steps, rates, "learning rate", IMAGE, is_noisy=False)
     finish_axes(axes, "Learning rate: warm-up, then cosine", STEP_LABEL, "learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylim(bottom=0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # The palette of Okabe and Ito (2008, jfly.uni-koeln.de/color), which colour-blind people can tell apart. A colour has
 # one meaning in every figure: pictures and image-to-text, text and text-to-image, and what is neither.
@@ -15,7 +16,7 @@ IMAGE, TEXT, THIRD, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#767676"
 HEAT = "cividis"  # even for all kinds of colour vision, from dark blue to yellow
 
 DPI = 110  # pixels per inch
-MANY_POINTS = 60  # from here on single points are no longer marked, and a running mean is drawn over the values
+MANY_POINTS = 60  # from here on single points are no longer marked
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -33,18 +34,24 @@ def finish_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def draw_series(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str, style: str = "-"
+    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str, *, is_noisy: bool = True
 ) -> None:
-    """A line over steps; what is not finite leaves a gap, and is counted in the label."""
+    """A line over steps; what is not finite leaves a gap, and is counted in the label.
+
+    Many noisy values are drawn faintly, and their running mean over them.
+    """
     array = np.asarray(values, dtype=float)
     missing = int((~np.isfinite(array)).sum())
     array = np.where(np.isfinite(array), array, np.nan)
     label = f"{label} ({missing} not finite)" if missing else label
     if len(array) <= MANY_POINTS:
-        axes.plot(steps, array, style, color=color, label=label, linewidth=1.6, marker="o", markersize=3.5)
-        return
-    axes.plot(steps, array, style, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, running_mean(array, len(array) // 20), style, color=color, label=label, linewidth=1.8)
+        axes.plot(steps, array, color=color, label=label, linewidth=1.6, marker="o", markersize=3.5)
+    elif is_noisy:
+        axes.plot(steps, array, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, running_mean(array, len(array) // 20), color=color, label=label, linewidth=1.8)
+    else:
+        axes.plot(steps, array, color=color, label=label, linewidth=1.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
