@@ -19,7 +19,7 @@ REPORT = "report.html"
 
 # In the order that they are read in; each with what it answers.
 FIGURES = {
-    "retrieval_gallery": "What does it find? Queries are drawn at random.",
+    "retrieval_gallery": "What does it find?",
     "training_curves": "Has it learnt, and does val still follow?",
     "mrl_performance": "How much do small embeddings keep?",
     "loss_components": "Which part of the loss moves?",
