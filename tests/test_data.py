@@ -95,8 +95,8 @@ def test_rows_are_memory_mapped(tmp_path: Path):
 
 def test_opening_a_file_four_times_as_large_takes_no_more_memory(tmp_path: Path):
     script = (
-        "import re, sys; from pathlib import Path; from training.parquet import ParquetPairs; ParquetPairs(sys.argv[1]);"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+        "import re, sys; from pathlib import Path; from training.parquet import ParquetPairs;"
+        "ParquetPairs(sys.argv[1]); print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
     )
 
     def peak(num_rows: int) -> float:  # MB

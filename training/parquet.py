@@ -172,9 +172,8 @@ def _find_column(kind: str, wanted: str | None, usual: Sequence[str], columns: S
             return name
     expected = f"column {wanted!r}" if wanted else f"{kind} column ({', '.join(usual)})"
     option = "" if kind == "sample_id" else f", or --{kind}-column in evaluation"
-    raise DataError(
-        f"{file}: no {expected}; it has {', '.join(columns)}; dataset.{kind}_column in the config{option}, names another"
-    )
+    hint = f"dataset.{kind}_column in the config{option}, names another"
+    raise DataError(f"{file}: no {expected}; it has {', '.join(columns)}; {hint}")
 
 
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
