@@ -118,7 +118,7 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
     """Arguments that evaluate alone.
 
     Args:
-        output_dir: Trainer wants one; nothing is written.
+        output_dir: Where bad samples are listed.
         batch_size: Pairs per process and batch.
     """
     return _checked(
