@@ -122,7 +122,10 @@ def hidden_size(config: PreTrainedConfig) -> int:
         if key in config.to_dict() or key in config.attribute_map:
             width = getattr(config, key)
             return int(width[-1] if isinstance(width, list | tuple) else width)
-    raise ValueError(f"{type(config).__name__} tells no token width: none of {', '.join(_WIDTH_KEYS)}")
+    supported = "; or ".join(SUPPORTED_BACKBONES.values())
+    raise ValueError(
+        f"{type(config).__name__} tells no token width: none of {', '.join(_WIDTH_KEYS)}; use {supported}"
+    )
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:

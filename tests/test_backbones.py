@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Model,
     EfficientNetForImageClassification,
     GPT2Config,
+    MobileNetV2Config,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -205,9 +206,11 @@ def test_a_width_other_than_the_configs_is_an_error():
         VisionEncoder(backbone, 48)(torch.randn(2, 3, 16, 16))
 
 
-def test_a_config_that_tells_no_width_is_an_error():
-    with pytest.raises(ValueError, match="CLIPConfig tells no token width"):
-        hidden_size(clip().config)
+@pytest.mark.parametrize("config_class", [CLIPConfig, MobileNetV2Config])
+def test_a_config_that_tells_no_width_is_an_error_with_the_towers_that_work(config_class):
+    message = rf"{config_class.__name__} tells no token width: .*; use a vision model .*DINOv2.*; or a text model"
+    with pytest.raises(ValueError, match=message):
+        hidden_size(config_class())
 
 
 def test_gpt2_positions_are_found():
