@@ -19,8 +19,10 @@ from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from tests.conftest import write_pairs
 from tests.test_recovery import assert_equal_bits
 from training.checkpoints import newest_checkpoint
+from training.config import load_config
 from training.errors import ConfigError, DataError
 from training.evaluate import evaluate
+from training.results import checkpoint_to_resume
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -76,6 +78,14 @@ def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finish
 
     missing = start(sys.executable, "-m", "training.evaluate", finished, val, expect_success=False)
     assert missing.stderr.strip().splitlines()[-1].startswith(f"error: {finished}: no EdgeGlass model")
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_extended(run_config: Path):
+    config = load_config(run_config)
+    (run_config.parent / "run").mkdir()
+    (run_config.parent / "run" / "final_metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run holds a finished run; set trainer\.output_dir to another directory"):
+        checkpoint_to_resume(config, {})
 
 
 @pytest.fixture
