@@ -6,6 +6,7 @@ A composite checkpoint (CLIP, SigLIP) is a vision and a text backbone in one; ei
 import importlib
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -121,7 +122,10 @@ def hidden_size(config: PreTrainedConfig) -> int:
         if key in config.to_dict() or key in config.attribute_map:
             width = getattr(config, key)
             return int(width[-1] if isinstance(width, list | tuple) else width)
-    raise ValueError(f"{type(config).__name__} tells no token width: none of {', '.join(_WIDTH_KEYS)}")
+    supported = "; or ".join(SUPPORTED_BACKBONES.values())
+    raise ValueError(
+        f"{type(config).__name__} tells no token width: none of {', '.join(_WIDTH_KEYS)}; use {supported}"
+    )
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:
@@ -132,3 +136,10 @@ def max_positions(backbone: PreTrainedModel) -> int | None:
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - first
     return None
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """`max_positions` of the text backbone that `config` describes; of rotary positions, what its config allows."""
+    with torch.device("meta"):  # takes no memory
+        positions = max_positions(build_backbone("text", config))
+    return positions or config.to_dict().get("max_position_embeddings")

@@ -23,10 +23,11 @@ def truncate_embeds(embeds: Tensor, truncate_dim: int | None) -> Tensor:
         Unit vectors (..., truncate_dim), in float32 or wider.
 
     Raises:
-        ValueError: `truncate_dim` is outside 1..D.
+        ValueError: `truncate_dim` is no integer in 1..D.
     """
     D = embeds.shape[-1]
-    if truncate_dim is not None and not 0 < truncate_dim <= D:
-        raise ValueError(f"truncate_dim must be in 1..{D}, got {truncate_dim}")
+    is_integer = isinstance(truncate_dim, int) and not isinstance(truncate_dim, bool)
+    if truncate_dim is not None and not (is_integer and 0 < truncate_dim <= D):
+        raise ValueError(f"truncate_dim must be in 1..{D}, got {truncate_dim!r}")
     # In half precision a squared norm can overflow, and F.normalize's eps of 1e-12 is zero.
     return F.normalize(at_least_float32(embeds[..., :truncate_dim]), dim=-1)

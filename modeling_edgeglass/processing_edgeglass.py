@@ -10,10 +10,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
-from .backbones import backbone_config
+from .backbones import backbone_config, longest_text
+from .distributed import rank
 from .images import to_rgb
 
 logger = logging.get_logger(__name__)
+
+# Tokens, where nothing limits them: transformers' own 10^30 is no size that Python can count to.
+_NO_LIMIT = 2**31 - 1
 
 
 class EdgeGlassProcessorKwargs(ProcessingKwargs, total=False):
@@ -73,8 +77,9 @@ class EdgeGlassProcessor(ProcessorMixin):
             vision: Model id or directory of the vision backbone.
             text: Model id or directory of the text backbone.
             image_size: Side S of the square input in pixels; None takes the backbone's own.
-            max_text_length: Longest caption in tokens; None takes as many as the text backbone has positions.
-            max_positions: Tokens that the text backbone has positions for; None takes the tokenizer's word.
+            max_text_length: Longest caption in tokens; None takes as many as the text backbone has positions and
+                its tokenizer allows.
+            max_positions: Tokens that the text backbone has positions for; None asks its config.
             vision_revision: Commit, tag or branch on the Hub.
             text_revision: Commit, tag or branch on the Hub.
             vision_trust_remote_code: Run processor code that comes with the vision checkpoint.
@@ -107,13 +112,21 @@ class EdgeGlassProcessor(ProcessorMixin):
         )
         if tokenizer.pad_token is None:  # causal models often have none; the attention mask hides it
             tokenizer.pad_token = tokenizer.eos_token
-        limit = min(tokenizer.model_max_length, max_positions or tokenizer.model_max_length)
-        if max_text_length is not None and max_text_length > limit:
-            logger.warning(
-                f"max_text_length {max_text_length} is cut to the {limit} tokens that {text} has positions for"
-            )
-        tokenizer.model_max_length = min(limit, max_text_length or limit)
+        if max_positions is None:
+            max_positions = longest_text(backbone_config(AutoConfig.from_pretrained(text, **text_hub), "text"))
+        tokenizer.model_max_length = _text_length(text, tokenizer.model_max_length, max_positions, max_text_length)
         return cls(image_processor, tokenizer)
+
+
+def _text_length(text: str, tokenizer_limit: int, positions: int | None, wanted: int | None) -> int:
+    """Tokens of the longest caption: as many as are wanted, unless the tokenizer or the positions allow less."""
+    limit = min(tokenizer_limit, positions or _NO_LIMIT, _NO_LIMIT)
+    if wanted is None or wanted <= limit:
+        return wanted or limit
+    reason = f"{text} has positions for" if limit == positions else f"the tokenizer of {text} allows"
+    if rank() == 0:
+        logger.warning(f"max_text_length {wanted} is cut to the {limit} tokens that {reason}")
+    return limit
 
 
 def _plain(image: Any) -> Any:

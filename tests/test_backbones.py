@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Model,
     EfficientNetForImageClassification,
     GPT2Config,
+    MobileNetV2Config,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from modeling_edgeglass import EdgeGlassModel, TextEncoder, VisionEncoder
-from modeling_edgeglass.backbones import hidden_size, load_backbone, max_positions
+from modeling_edgeglass.backbones import hidden_size, load_backbone, longest_text, max_positions
 from tests.towers import TINY, tiny_efficientnet
 
 VISION = {"image_size": 64, "patch_size": 16}
@@ -142,7 +143,8 @@ def test_a_pair_of_any_towers_survives_saving(tmp_path):
             str(tmp_path / vision), str(tmp_path / text), projection_dim=64, mrl_dimensions=[16]
         ).eval()
         model.save_pretrained(tmp_path / "pair")
-        loaded = EdgeGlassModel.from_pretrained(tmp_path / "pair")
+        loaded, report = EdgeGlassModel.from_pretrained(tmp_path / "pair", output_loading_info=True)
+        assert not report["missing_keys"]  # load_model refuses a model that lacks any
         inputs = {"pixel_values": torch.randn(2, 3, 64, 64), "input_ids": torch.randint(3, 99, (2, 20))}
         torch.testing.assert_close(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
 
@@ -152,7 +154,13 @@ def test_positions_are_those_that_a_caption_can_use(name: str, positions: int, t
     TEXT_MODELS[name]().save_pretrained(tmp_path)
     backbone = load_backbone("text", str(tmp_path)).eval()
     assert max_positions(backbone) == positions
+    assert longest_text(backbone.config) == positions
     backbone(input_ids=torch.full((1, positions), 5))  # the longest caption runs
+
+
+def test_rotary_positions_are_as_many_as_the_config_says_and_relative_ones_endless(tmp_path):
+    assert longest_text(Qwen3Config(**TINY, **TEXT, max_position_embeddings=77)) == 77
+    assert longest_text(TEXT_MODELS["t5"]().config) is None
 
 
 def test_a_causal_model_keeps_no_cache(tmp_path):
@@ -198,9 +206,11 @@ def test_a_width_other_than_the_configs_is_an_error():
         VisionEncoder(backbone, 48)(torch.randn(2, 3, 16, 16))
 
 
-def test_a_config_that_tells_no_width_is_an_error():
-    with pytest.raises(ValueError, match="CLIPConfig tells no token width"):
-        hidden_size(clip().config)
+@pytest.mark.parametrize("config_class", [CLIPConfig, MobileNetV2Config])
+def test_a_config_that_tells_no_width_is_an_error_with_the_towers_that_work(config_class):
+    message = rf"{config_class.__name__} tells no token width: .*; use a vision model .*DINOv2.*; or a text model"
+    with pytest.raises(ValueError, match=message):
+        hidden_size(config_class())
 
 
 def test_gpt2_positions_are_found():

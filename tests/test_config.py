@@ -1,9 +1,12 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from training.config import load_config, save_config
+from modeling_edgeglass.configuration_edgeglass import POOLING_TYPES
+from training.config import POOLING, key_error, load_config, save_config
 from training.errors import ConfigError
 
 MINIMAL = "dataset: {train_parquet: a.parquet, val_parquet: b.parquet}\ntrainer: {output_dir: out}\n"
@@ -60,18 +63,13 @@ def test_saving_and_loading_changes_nothing(path: Path, tmp_path: Path):
         ("dataset.batch_size=1.5", "dataset.batch_size: Value '1.5' of type 'float' could not be converted"),
         ("vision_encoder.mrl_dimensions=[big]", "vision_encoder.mrl_dimensions: Value 'big'"),
         ("dataset.train_parquet=${oc.env:HOME}", "${oc.env:...: a config is data"),
-        ("optimization.on_nan=hope", "optimization.on_nan must be stop or skip, got 'hope'"),
-        ("dataset.on_bad_sample=hope", "dataset.on_bad_sample must be replace or raise, got 'hope'"),
-        ("optimization.lr=-1", "optimization.lr must be positive, got -1.0"),
-        ("dataset.max_text_length=0", "dataset.max_text_length must be 1 or more, got 0"),
-        ("dataset.image_size=1", "dataset.image_size must be 8 or more, got 1"),
         ("optimization=3", "optimization is a section of keys, not the value 3"),
         ("lr", "'lr': an override looks like section.key=value"),
-        ("dataset.batch_size=0", "dataset.batch_size must be positive, got 0"),
-        ("dataset.text_dropout_prob=2", "dataset.text_dropout_prob must be in 0..1, got 2.0"),
-        ("optimization.betas=[0.9]", "optimization.betas must be two numbers, got [0.9]"),
-        ("optimization.warmup_ratio=7", "optimization.warmup_ratio must be in 0..1 and below 1, got 7.0"),
-        ("vision_encoder.projection_dim=64", "vision_encoder.projection_dim 64 differs from text_encoder's 4096"),
+        ("vision_encoder.projection_dim=64", "vision_encoder.projection_dim: 64 differs from text_encoder's 4096"),
+        ("dataset=${trainer}", "dataset is a section of keys, not the value '${trainer}'"),
+        ("dataset.train_parquet=[a", "dataset.train_parquet=[a: its value is no YAML: while parsing a flow sequence"),
+        ("trainer.run_name=${nope.key}", "trainer.run_name: Interpolation key 'nope.key' not found"),
+        ("trainer.run_name=${", "trainer.run_name=${: its value is no YAML"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(path: Path, override: str, message: str):
@@ -81,13 +79,78 @@ def test_mistakes_are_one_line_that_names_the_key(path: Path, override: str, mes
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        *((f"dataset.{split}_parquet={value}", "must be a file, a glob, or a list of them, got")
+          for split in ("train", "val") for value in ("null", "3", "[]", "[3]", "")),
+        ("dataset.test_parquet=3", "must be a file, a glob, or a list of them, or null, got 3"),
+        ("dataset.batch_size=0", "must be 1 or more, got 0"),
+        ("dataset.text_dropout_prob=2", "must be in 0..1, got 2.0"),
+        ("dataset.max_text_length=0", "must be 1 or more, got 0"),
+        ("dataset.image_size=1", "must be 8 or more, or null, got 1"),
+        ("dataset.on_bad_sample=hope", "must be replace or raise, got 'hope'"),
+        ("dataset.max_bad_fraction=1.1", "must be in 0..1, got 1.1"),
+        ("dataset.max_bad_fraction=-1", "must be in 0..1, got -1.0"),
+        ("text_encoder.pooling_type=max", "must be simple or multihead, got 'max'"),
+        ("losses.contrastive=-1", "must be 0 or more, got -1.0"),
+        ("losses.mrl=-1", "must be 0 or more, got -1.0"),
+        ("optimization.lr=-1", "must be above 0, got -1.0"),
+        ("optimization.lr=nan", "must be above 0, got nan"),
+        ("optimization.weight_decay=-0.1", "must be 0 or more, got -0.1"),
+        ("optimization.betas=[0.9]", "must be two numbers in 0..1 and below 1, got [0.9]"),
+        ("optimization.betas=[0.9,2]", "must be two numbers in 0..1 and below 1, got [0.9, 2.0]"),
+        ("optimization.max_grad_norm=-1", "must be 0 or more, got -1.0"),
+        ("optimization.warmup_ratio=7", "must be in 0..1 and below 1, got 7.0"),
+        ("optimization.on_nan=hope", "must be stop or skip, got 'hope'"),
+        ("optimization.early_stopping_patience=0", "must be 1 or more, or null, got 0"),
+        ("trainer.output_dir=null", "must be a directory, got None"),
+        ("trainer.output_dir=' '", "must be a directory, got ' '"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_names_the_override_the_key_and_the_range(path: Path, override: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert str(caught.value).startswith(f"{override}: {override.partition('=')[0]}: {message}")
+
+
+def test_sizes_and_weights_must_go_together(path: Path):
+    sizes = [f"{side}_encoder.mrl_dimensions=[16, 4096]" for side in ("vision", "text")]
+    with pytest.raises(ConfigError, match=r"vision_encoder\.mrl_dimensions: must lie in 1\.\.4095, .* got 4096"):
+        load_config(path, sizes)
+    with pytest.raises(ConfigError, match=r"losses\.mrl: both weights of the loss are 0"):
+        load_config(path, ["losses.contrastive=0", "losses.mrl=0"])
+    assert load_config(path, ["losses.contrastive=0"]).losses.contrastive == 0
+
+
+def test_the_pooling_types_are_the_models_own():
+    assert POOLING[0] == " or ".join(POOLING_TYPES)
+
+
+def test_an_error_names_what_last_set_the_key(path: Path):
+    path.write_text(MINIMAL + "optimization: {lr: -1, warmup_ratio: 0.5}\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: optimization.lr: must be above 0, got -1.0")):
+        load_config(path, ["optimization.warmup_ratio=0.2"])
+    with pytest.raises(ConfigError, match=r"^optimization\.lr=-2: optimization\.lr: must be above 0, got -2\.0"):
+        load_config(path, ["optimization.lr=-2"])
+    config = load_config(path, ["optimization.lr=1"])
+    assert str(key_error(config, "optimization.lr", "no")) == "optimization.lr=1: optimization.lr: no"
+    assert str(key_error(config, "optimization.warmup_ratio", "no")) == f"{path}: optimization.warmup_ratio: no"
+    assert str(key_error(config, "dataset.batch_size", "no")) == f"{path}: dataset.batch_size: no"  # its default
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("optimizer: {lr: 1}\n", "run.yaml: there is no key 'optimizer'; did you mean 'optimization'?"),
         ("- a\n", "run.yaml: holds no sections; it wants dataset, vision_encoder"),
         ("a: [\n", "run.yaml: is no YAML:"),
         ("dataset: 3\n", "run.yaml: dataset is a section of keys, not the value 3"),
-        ("", "run.yaml: dataset.train_parquet is not set"),
+        ("dataset: ???\n", "run.yaml: dataset is a section of keys, not the value '???'"),
+        ("", "run.yaml: dataset.train_parquet: is not set"),
+        (MINIMAL + "optimization: {lr: '${nope.key}'}\n", "run.yaml: optimization.lr: Interpolation key 'nope.key'"),
+        (MINIMAL + "vision_encoder: {pooling_type: max}\n", "run.yaml: vision_encoder.pooling_type: must be simple"),
+        (MINIMAL.replace("out}", "}"), "run.yaml: trainer.output_dir: must be a directory, got None"),
+        ("dataset: {train_parquet: a, val_parquet: b}\n", "run.yaml: trainer.output_dir: is not set"),
     ],
 )
 def test_a_broken_file_is_one_line_that_names_it(path: Path, content: str, message: str):
@@ -95,6 +158,17 @@ def test_a_broken_file_is_one_line_that_names_it(path: Path, content: str, messa
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(path: Path):
+    path.write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: is no YAML: it is not in UTF-8"):
+        load_config(path)
+
+
+def test_reading_a_config_imports_no_torch():
+    script = "import sys, training.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

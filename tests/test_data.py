@@ -1,6 +1,8 @@
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -89,6 +91,27 @@ def test_rows_are_memory_mapped(tmp_path: Path):
     dataset = open_pairs(write_pairs(tmp_path / "a.parquet", 4))
     assert all(os.path.exists(file["filename"]) for file in dataset.pairs.table.cache_files)
     assert len(dataset.pairs.table.cache_files) == 1
+
+
+def test_opening_a_file_four_times_as_large_takes_no_more_memory(tmp_path: Path):
+    script = (
+        "import re, sys; from pathlib import Path; from training.parquet import ParquetPairs;"
+        "ParquetPairs(sys.argv[1]); print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+    )
+
+    def peak(num_rows: int) -> float:  # MB
+        path, noise = tmp_path / f"{num_rows}.parquet", random.Random(0).randbytes(20_000)
+        columns = {"image": [b"%d" % i + noise for i in range(num_rows)], "caption": [""] * num_rows}
+        # In one row group, which alone is all of the file.
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, use_dictionary=False, compression="none")
+        assert pyarrow.parquet.read_metadata(path).num_row_groups == 1
+        environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, env=environment
+        )
+        return int(done.stdout) / 1000
+
+    assert peak(12_000) < peak(3_000) + 60  # the files have 240 and 60 MB
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path):
@@ -232,7 +255,7 @@ def test_bad_files_and_columns_are_one_line_that_names_them(tmp_path: Path):
 
     assert columns("a.parquet", a=[1], caption=["x"]) == (
         f"{tmp_path}/a.parquet: no image column (image_bytes, image, jpg); it has a, caption; "
-        "dataset.image_column in the config names another"
+        "dataset.image_column in the config, or --image-column in evaluation, names another"
     )
     assert "no caption column (caption, text, txt); it has image" in columns("b.parquet", image=[b"x"])
     assert "column 'image' holds" in columns("c.parquet", image=["file.jpg"], caption=["x"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.images import decode_image
+from training.images import UndecodableImageError, decode_image
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -62,6 +62,31 @@ def test_16_bit_grey_keeps_its_brightness(format: str):
     image = decode_image(encode(Image.fromarray(ramp), format))
     expected = np.round(ramp / 257)
     assert np.abs(np.array(image)[..., 0] - expected).max() <= 1
+
+
+def test_a_transparent_16_bit_grey_lies_on_white():
+    values = np.array([[0, 1000], [1001, 65535]], dtype=np.uint16)
+    image = decode_image(encode(Image.fromarray(values), "PNG", transparency=1000))
+    assert [image.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 255, 3, 255]
+
+
+def test_integers_beyond_16_bits_fill_their_own_range():
+    values = np.array([[0, 2**20, 2**21, 2**30]], dtype=np.int32)
+    image = decode_image(encode(Image.fromarray(values), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 0, 0, 255]
+    image = decode_image(encode(Image.fromarray(values[:, :3]), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+    within = decode_image(encode(Image.fromarray(np.array([[0, 257]], dtype=np.int32)), "TIFF"))
+    assert within.getpixel((1, 0)) == (1, 1, 1)  # as 16 bits
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_float_that_is_no_number_makes_a_picture_undecodable(value: float, place: int):
+    values = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    values[0, place] = value
+    with pytest.raises(UndecodableImageError, match="a pixel is NaN or infinite"):
+        decode_image(encode(Image.fromarray(values), "TIFF"))
 
 
 def test_float_pictures_fill_their_own_range():

@@ -27,7 +27,7 @@ def test_unit_length_whatever_the_precision(dtype: torch.dtype, scale: float):
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-@pytest.mark.parametrize("truncate_dim", [0, -1, 17])
-def test_impossible_size_is_an_error_that_names_the_range(truncate_dim: int):
-    with pytest.raises(ValueError, match=rf"truncate_dim must be in 1..16, got {truncate_dim}"):
+@pytest.mark.parametrize("truncate_dim", [0, -1, 17, 2.5, 8.0, "8", True])
+def test_impossible_size_is_an_error_that_names_the_range(truncate_dim):
+    with pytest.raises(ValueError, match=rf"^truncate_dim must be in 1\.\.16, got {truncate_dim!r}$"):
         truncate_embeds(torch.randn(2, 16), truncate_dim)

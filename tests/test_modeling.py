@@ -1,13 +1,17 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, VisionEncoder
+from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcessor, VisionEncoder
 from modeling_edgeglass.backbones import build_backbone
 from tests.towers import TINY, tiny_efficientnet
+from training.build import load_model
+from training.errors import ConfigError
 
 
 def test_saving_and_loading_gives_the_same_model(model: EdgeGlassModel, batch, tmp_path):
@@ -198,6 +202,38 @@ def test_a_misspelt_config_field_is_an_error(vision_dir: str, text_dir: str):
         ValueError, match="there is no config field 'pooling_type'; did you mean text_pooling_type or vis"
     ):
         EdgeGlassModel.from_vision_text_pretrained(vision_dir, text_dir, pooling_type="multihead")
+
+
+@pytest.fixture
+def saved(vision_dir: str, text_dir: str, tmp_path) -> Path:
+    model = EdgeGlassModel.from_vision_text_pretrained(vision_dir, text_dir, projection_dim=64, mrl_dimensions=[16])
+    model.save_pretrained(tmp_path / "saved")
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_saved_model_that_lacks_weights_is_refused_rather_than_filled_up(saved: Path):
+    load_model(str(saved))
+    weights = load_file(saved / "model.safetensors")
+    del weights["text_encoder.projection.weight"]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"saved: no whole .*: it lacks 1 weights, such as text_encoder\.projection"):
+        load_model(str(saved))
+
+
+@pytest.mark.parametrize("length", [0, 100, 10_000])
+def test_a_saved_model_that_was_cut_short_is_one_line(saved: Path, length: int):
+    (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:length])
+    with pytest.raises(ConfigError, match=r"saved: no EdgeGlass model: .*header") as caught:
+        load_model(str(saved))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_of_another_model_is_refused(vision_dir: str, tmp_path):
+    with pytest.raises(ConfigError, match=r"its config\.json tells of a model of type vit"):
+        load_model(vision_dir)
+    with pytest.raises(ConfigError, match=r"no EdgeGlass model: its config\.json .* is not there"):
+        load_model(str(tmp_path))
 
 
 def test_config_survives_saving(config: EdgeGlassConfig, tmp_path):

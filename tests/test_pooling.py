@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from modeling_edgeglass.pooling import AttentionPooling, SimpleAttentionPooling, build_pooling, masked_mean
 
@@ -79,6 +80,29 @@ def test_every_weight_has_a_gradient_at_the_first_step(pooling_type: str):
         if name == "attention.in_proj_bias":  # a bias of the keys cannot change a softmax
             gradient = torch.cat([gradient[:D], gradient[2 * D :]])
         assert gradient.norm() > 1e-4, name
+
+
+def test_pairs_that_only_attention_can_tell_apart_are_learned_in_ten_steps():
+    """The tokens of every sample have the same mean, and the projection is frozen.
+
+    Over ten seeds the loss ends in 0.38..0.58; with queries that start at zero or at std 0.02, in 0.89..1.53.
+    """
+    torch.manual_seed(0)
+    half = torch.randn(32, 3, 32)
+    tokens, targets = torch.cat([half, -half], dim=1), F.normalize(torch.randn(32, 64), dim=-1)
+    pooling, projection = AttentionPooling(32), torch.nn.Linear(32, 64, bias=False).requires_grad_(False)
+
+    def loss(pooled: torch.Tensor) -> torch.Tensor:
+        embeds = F.normalize(projection(pooled), dim=-1)
+        return F.cross_entropy(10 * embeds @ targets.T, torch.arange(32))
+
+    optimizer = torch.optim.AdamW(pooling.parameters(), lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss(pooling(tokens)).backward()
+        optimizer.step()
+    assert loss(pooling(tokens)) < 0.7
+    assert masked_mean(tokens).abs().max() < 1e-6
 
 
 def test_heads_must_divide_the_width():

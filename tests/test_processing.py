@@ -1,8 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, RobertaConfig, RobertaModel
+from transformers import AutoProcessor, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.backbones import load_backbone, max_positions
@@ -54,9 +56,17 @@ def test_image_size_and_normalisation_are_the_vision_backbones_own(
     assert larger(images=Image.new("RGB", (99, 50)))["pixel_values"].shape == (1, 3, 48, 48)
 
 
-def test_captions_beyond_the_positions_are_cut_to_them_with_one_warning(vision_dir: str, tmp_path, caplog):
-    RobertaModel(RobertaConfig(**TINY, vocab_size=99, max_position_embeddings=22)).save_pretrained(tmp_path)
+@pytest.fixture
+def roberta_dir(tmp_path) -> str:
+    """Its 22 positions are for 20 tokens, and its tokenizer knows no limit."""
+    RobertaModel(RobertaConfig(**TINY, vocab_size=200, max_position_embeddings=22)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_captions_beyond_the_positions_are_cut_to_them_with_one_warning(
+    vision_dir: str, roberta_dir: str, tmp_path, caplog
+):
     positions = max_positions(load_backbone("text", str(tmp_path)))
     processor = EdgeGlassProcessor.from_vision_text_pretrained(
         vision_dir, str(tmp_path), max_text_length=512, max_positions=positions
@@ -65,6 +75,33 @@ def test_captions_beyond_the_positions_are_cut_to_them_with_one_warning(vision_d
     assert [record.getMessage() for record in caplog.records] == [
         f"max_text_length 512 is cut to the 20 tokens that {tmp_path} has positions for"
     ]
+
+
+def test_positions_are_asked_for_where_the_tokenizer_knows_no_limit(vision_dir: str, roberta_dir: str, tmp_path):
+    assert tiny_tokenizer().model_max_length > 10**20
+    processor = EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, roberta_dir)
+    assert processor.tokenizer.model_max_length == 20
+    load_backbone("text", roberta_dir)(input_ids=processor(text="word " * 99)["input_ids"])  # the longest runs
+    T5EncoderModel(T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)).save_pretrained(
+        tmp_path
+    )
+    processor = EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, str(tmp_path))  # relative positions
+    assert processor(text="word " * 99)["input_ids"].shape == (1, 4 * 99 + 2)
+    assert processor.tokenizer.model_max_length < 2**31
+
+
+def test_a_cut_says_which_limit_it_was_on_one_rank(vision_dir: str, text_dir: str, tmp_path, caplog, monkeypatch):
+    shutil.copytree(text_dir, tmp_path / "text")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 20  # of 64 positions
+    tokenizer.save_pretrained(tmp_path / "text")
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, str(tmp_path / "text"), max_text_length=99)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"max_text_length 99 is cut to the 20 tokens that the tokenizer of {tmp_path}/text allows"
+    ]
+    monkeypatch.setattr("modeling_edgeglass.processing_edgeglass.rank", lambda: 1)
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, str(tmp_path / "text"), max_text_length=99)
+    assert len(caplog.records) == 1
 
 
 def test_a_tower_without_processor_or_tokenizer_is_named(vision_dir: str, text_dir: str, tmp_path):

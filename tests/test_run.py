@@ -1,5 +1,6 @@
 """The commands, as a user starts them."""
 
+import argparse
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +19,10 @@ from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from tests.conftest import write_pairs
 from tests.test_recovery import assert_equal_bits
 from training.checkpoints import newest_checkpoint
+from training.config import load_config
+from training.errors import ConfigError, DataError
+from training.evaluate import evaluate
+from training.results import checkpoint_to_resume
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -58,6 +65,7 @@ def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finish
     done = start(sys.executable, *command)
     assert "dimension | i2t R@1" in done.stdout
     again = json.loads((finished / "val_metrics.json").read_text())
+    assert {name.partition("/")[0] for name in again} == {"val"}
     for name in METRICS | {"val/loss"}:
         assert again[name] == pytest.approx(metrics[name], rel=1e-5), name
 
@@ -70,6 +78,66 @@ def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finish
 
     missing = start(sys.executable, "-m", "training.evaluate", finished, val, expect_success=False)
     assert missing.stderr.strip().splitlines()[-1].startswith(f"error: {finished}: no EdgeGlass model")
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_extended(run_config: Path):
+    config = load_config(run_config)
+    (run_config.parent / "run").mkdir()
+    (run_config.parent / "run" / "final_metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run holds a finished run; set trainer\.output_dir to another directory"):
+        checkpoint_to_resume(config, {})
+
+
+@pytest.fixture
+def saved(vision_dir: str, text_dir: str, tmp_path: Path) -> Path:
+    """A model that nobody trained, with its processor."""
+    model = EdgeGlassModel.from_vision_text_pretrained(vision_dir, text_dir, projection_dim=32, mrl_dimensions=[16])
+    model.save_pretrained(tmp_path / "run/model")
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path / "run/model")
+    return tmp_path / "run/model"
+
+
+def evaluate_saved(model: Path, parquet: object, **options) -> list[str]:
+    """`training.evaluate` in this process; the default options of the command but for those given."""
+    defaults = dict.fromkeys(("output", "split", "image_column", "caption_column")) | {"max_bad_fraction": 0.05}
+    parsed = {"model": str(model), "parquet": [str(parquet)], "batch_size": 4} | defaults | options
+    evaluate(argparse.Namespace(**parsed))
+    return sorted(json.loads(max(model.parent.glob("*.json"), key=os.path.getmtime).read_text()))
+
+
+def test_evaluation_names_its_numbers_and_its_file_after_the_parquet(saved: Path):
+    write_pairs(saved.parent / "val.parquet", 6)
+    names = evaluate_saved(saved, saved.parent / "va*.parquet")
+    assert {path.name for path in saved.parent.glob("*.json")} == {"va_metrics.json"}
+    assert {name.partition("/")[0] for name in names} == {"va"}
+
+
+def test_evaluation_lists_bad_rows_beside_its_output_and_takes_another_limit(saved: Path, tmp_path: Path):
+    table = pyarrow.parquet.read_table(write_pairs(tmp_path / "a.parquet", 6)).to_pydict()
+    table["caption"][2] = ""
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"1 of 6 rows are bad, .*; {saved.parent}/bad_samples\.csv lists them"):
+        evaluate_saved(saved, tmp_path / "a.parquet")
+    assert len((saved.parent / "bad_samples.csv").read_text().splitlines()) == 2
+    assert "a/i2t_r1" in evaluate_saved(saved, tmp_path / "a.parquet", max_bad_fraction=0.2)
+    with pytest.raises(ConfigError, match=r"--max-bad-fraction: must be in 0\.\.1, got 7"):
+        evaluate_saved(saved, tmp_path / "a.parquet", max_bad_fraction=7)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_read(saved: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/a\.json: cannot be written \(.*\); --output names another"):
+        evaluate_saved(Path("no/such"), "none.parquet", output=tmp_path / "file" / "a.json")
+    with pytest.raises(ConfigError, match="run: is a directory; --output names a file"):
+        evaluate_saved(Path("no/such"), "none.parquet", output=saved.parent)
+
+
+def test_a_model_whose_embeddings_are_nan_is_one_line(saved: Path, tmp_path: Path):
+    model = EdgeGlassModel.from_pretrained(saved)
+    torch.nn.init.constant_(model.text_encoder.projection.bias, float("nan"))
+    model.save_pretrained(saved)
+    with pytest.raises(ConfigError, match=rf"{saved}: embeddings are NaN or infinite"):
+        evaluate_saved(saved, write_pairs(tmp_path / "a.parquet", 6))
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(run_config: Path):
@@ -121,7 +189,10 @@ def test_processes_that_would_each_train_alone_are_refused(run_config: Path):
     ("override", "message"),
     [
         ("vision_encoder.model_name=none/such", "error: vision tower 'none/such' is neither a model directory here"),
-        ("vision_encoder.pooling_type=max", "error: pooling_type must be one of simple, multihead, got 'max'"),
+        (
+            "vision_encoder.pooling_type=max",
+            "error: vision_encoder.pooling_type=max: vision_encoder.pooling_type: must be",
+        ),
         ("dataset.val_parquet=none.parquet", "error: none.parquet: no such file"),
         ("optimization.lrr=1", "error: optimization.lrr=1: there is no key 'optimization.lrr'; did you mean 'lr'?"),
     ],

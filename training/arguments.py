@@ -5,15 +5,18 @@ import importlib.util
 import os
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, Union, cast
 
 import torch
+from omegaconf import OmegaConf
 from transformers import TrainingArguments
 
-from training.config import AlignmentConfig
+from training.config import AlignmentConfig, Rule, at_least, check_value, key_error
 from training.errors import ConfigError
+from training.retrieval import RECALL_KS
 
 # Fields that the trainer section does not set, and what to do instead.
 _SET_ELSEWHERE = {
@@ -32,6 +35,21 @@ _SET_ELSEWHERE = {
     "remove_unused_columns": "leave it out; the collator makes the model's inputs",
 }
 
+_SEED: Rule = "in 0..2^32-1", lambda value: 0 <= value < 2**32
+_RULES = {
+    "trainer.seed": _SEED,
+    "trainer.gradient_accumulation_steps": at_least(1),
+    "trainer.per_device_eval_batch_size": at_least(1),
+    "trainer.dataloader_num_workers": at_least(0),
+    "trainer.max_steps": at_least(-1),
+}
+
+# Metrics of an evaluation, each also at every Matryoshka size but for the first row.
+_LOSSES = ("loss", "loss_clip", "loss_mrl", "bad_rows")
+_BY_SIZE = tuple(
+    f"{way}_{name}" for way in ("i2t", "t2i") for name in (*(f"r{k}" for k in RECALL_KS), "medr", "map", "ndcg")
+)
+
 
 def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     """Arguments of a run: what the sections say, our defaults, and the `trainer` section over both.
@@ -43,17 +61,20 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         ConfigError: A trainer key is unknown, set elsewhere or of a wrong type, or the launcher started more
             processes than train together.
     """
-    options = dict(config.trainer)
-    epochs = options.pop("epochs", 3)
-    if options.pop("resume", "auto") not in ("auto", "never"):
-        raise ConfigError(f"trainer.resume: wants auto or never, got {config.trainer['resume']!r}")
-    _check_type("trainer.epochs", epochs, float)
-    _check_options(options)
-    _check_reporting(options.get("report_to"))
+    options: Any = OmegaConf.to_container(cast(Any, config.trainer), resolve=True)
+    epochs, resume = options.pop("epochs", 3), options.pop("resume", "auto")
+    if resume not in ("auto", "never"):
+        raise key_error(config, "trainer.resume", f"wants auto or never, got {resume!r}")
+    _check_options(config, options)
+    _check_length(config, epochs, options.get("max_steps", -1))
+    _check_reporting(config, options.get("report_to"))
+    best_metric = options.pop("metric_for_best_model", None) or "loss"
+    _check_metric(config, best_metric)
     eval_strategy = options.get("eval_strategy", "epoch")
     save_strategy = options.get("save_strategy", eval_strategy if eval_strategy != "no" else "epoch")
     if eval_strategy == "no" and config.optimization.early_stopping_patience is not None:
-        raise ConfigError("optimization.early_stopping_patience: nothing is evaluated with trainer.eval_strategy=no")
+        reason = "nothing is evaluated with trainer.eval_strategy=no"
+        raise key_error(config, "optimization.early_stopping_patience", reason)
     both_frozen = config.vision_encoder.freeze and config.text_encoder.freeze
     beta1, beta2 = config.optimization.betas
     defaults = {
@@ -63,7 +84,9 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         **({"save_steps": options["eval_steps"]} if "eval_steps" in options else {}),
         "save_total_limit": 2,
         "load_best_model_at_end": "no" not in (eval_strategy, save_strategy),
-        "metric_for_best_model": "loss",
+        "metric_for_best_model": best_metric,
+        # Trainer takes what does not end in "loss" for a score.
+        "greater_is_better": not any(part in best_metric for part in ("loss", "medr", "bad_rows")),
         "logging_steps": 10,
         "project": "edgeglass",
         "run_name": os.path.basename(os.path.abspath(str(options.get("output_dir", "")))),
@@ -85,9 +108,11 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         "warmup_steps": config.optimization.warmup_ratio,  # below 1 it is a share of the steps
         "remove_unused_columns": False,  # items become model inputs in our collator
     }
+    if not options.get("dataloader_num_workers"):
+        owned["dataloader_persistent_workers"] = False  # there are none to keep
     arguments = _checked(defaults | options | owned)
     if arguments.train_batch_size * arguments.world_size < 2:
-        raise ConfigError("dataset.batch_size: one pair has no negative to tell apart; set 2 or more")
+        raise key_error(config, "dataset.batch_size", "one pair has no negative to tell apart; set 2 or more")
     return arguments
 
 
@@ -95,7 +120,7 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
     """Arguments that evaluate alone.
 
     Args:
-        output_dir: Trainer wants one; nothing is written.
+        output_dir: Where bad samples are listed.
         batch_size: Pairs per process and batch.
     """
     return _checked(
@@ -108,11 +133,32 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
     )
 
 
-def _check_reporting(names: Any) -> None:
+def _check_length(config: AlignmentConfig, epochs: Any, max_steps: int) -> None:
+    """A run takes some steps."""
+    _check_type(config, "trainer.epochs", epochs, float)
+    if max_steps <= 0:
+        check_value(config, "trainer.epochs", epochs, ("above 0", lambda value: 0 < value < float("inf")))
+
+
+def _check_reporting(config: AlignmentConfig, names: str | list[str] | None) -> None:
     """Trackers are named after their packages; Trainer would end in a traceback."""
     for name in [names] if isinstance(names, str) else names or []:
         if name not in ("none", "all") and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"trainer.report_to: {name} is not installed: pip install {name}")
+            raise key_error(config, "trainer.report_to", f"{name} is not installed: pip install {name}")
+
+
+def _check_metric(config: AlignmentConfig, name: str) -> None:
+    """Trainer would look for the metric after the first evaluation."""
+    sizes = ["", *(f"@{dimension}" for dimension in config.vision_encoder.mrl_dimensions)]
+    known = [*_LOSSES, *(metric + size for size in sizes for metric in _BY_SIZE)]
+    if name.removeprefix("eval_") not in known:
+        hint = _nearest(name, known) or f"there are {', '.join([*_LOSSES, *_BY_SIZE])}, and {', '.join(sizes[1:])}"
+        raise key_error(config, "trainer.metric_for_best_model", f"there is no metric {name!r}; {hint}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _device_options() -> dict[str, Any]:
@@ -124,7 +170,7 @@ def _checked(options: dict[str, Any]) -> TrainingArguments:
     """The arguments, unless a value is not possible or the processes that were started do not train together."""
     try:
         arguments = TrainingArguments(**options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != arguments.world_size:
@@ -135,32 +181,60 @@ def _checked(options: dict[str, Any]) -> TrainingArguments:
     return arguments
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse unknown keys, keys that belong elsewhere and wrong types; spell a bare YAML `no` as a strategy."""
+def _check_options(config: AlignmentConfig, options: dict[str, Any]) -> None:
+    """Refuse unknown keys, keys that belong elsewhere and wrong values; spell a bare YAML `no` as a strategy."""
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in fields(TrainingArguments) if field.init]
-    for key, value in options.items():
-        if key in _SET_ELSEWHERE:
-            raise ConfigError(f"trainer.{key}: {_SET_ELSEWHERE[key]}")
-        if key not in names:
-            nearest = difflib.get_close_matches(key, [*names, "epochs", "resume"], n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "see transformers.TrainingArguments"
-            raise ConfigError(f"trainer.{key}: there is no such key; {hint}")
-        if value is False and "Strategy" in str(hints[key]):
-            options[key] = "no"
+    for name, value in options.items():
+        key = f"trainer.{name}"
+        if name in _SET_ELSEWHERE:
+            raise key_error(config, key, _SET_ELSEWHERE[name])
+        if name not in names:
+            hint = _nearest(name, [*names, "epochs", "resume"]) or "see transformers.TrainingArguments"
+            raise key_error(config, key, f"there is no such key; {hint}")
+        if value is False and "Strategy" in str(hints[name]):
+            options[name] = "no"
         else:
-            _check_type(f"trainer.{key}", value, hints[key])
+            _check_type(config, key, value, hints[name])
+        if key in _RULES:
+            check_value(config, key, value, _RULES[key])
 
 
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Refuse a plain value where the annotation names other plain types; transformers itself checks none."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
-    accepted: set[type] = {member for member in members if isinstance(member, type)}
-    if float in accepted:
-        accepted.add(int)
-    is_plain = accepted <= {int, float, str, bool, type(None)} or any(issubclass(member, Enum) for member in accepted)
-    if any(issubclass(member, Enum) for member in accepted):
-        accepted.add(str)
-    if is_plain and accepted and type(value) not in accepted:
-        wanted = " or ".join(sorted(member.__name__ for member in accepted if member is not type(None)))
-        raise ConfigError(f"{key}: wants {wanted}, got {value!r}")
+def _check_type(config: AlignmentConfig, key: str, value: Any, hint: Any) -> None:
+    """Refuse a value that the annotation excludes; transformers itself checks none."""
+    if _fits(value, hint):
+        return
+    members = [member for member in _members(hint) if member is not type(None)]
+    wanted = " or ".join(sorted(map(_words, members)))
+    names = [
+        item.value for member in members if isinstance(member, type) and issubclass(member, Enum) for item in member
+    ]
+    nearest = _nearest(str(value), names)
+    raise key_error(config, key, f"wants {wanted}, got {value!r}" + (f"; {nearest}" if nearest else ""))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows; where text is the name of a member of an enum, the enum alone."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    enums = tuple(member for member in members if isinstance(member, type) and issubclass(member, Enum))
+    return enums or members
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    members = _members(hint)
+    if len(members) > 1:
+        return any(_fits(value, member) for member in members)
+    (kind,) = members
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return value in [member.value for member in kind]
+    return type(value) in ((int, float) if kind is float else (typing.get_origin(kind) or kind,))
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(str(member.value) for member in kind) if len(kind) < 10 else f"one of {kind.__name__}"
+    return "float or int" if kind is float else str(kind) if typing.get_origin(kind) else kind.__name__

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcessor
 from modeling_edgeglass.backbones import max_positions
 from training.config import AlignmentConfig
 from training.data import PixmoParquetImageTextDataset, build_image_datasets_from_parquet
@@ -85,12 +88,22 @@ def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
     """A saved model and its processor, from a directory or the Hub.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or it cannot be read, or lacks weights.
     """
     try:
-        return EdgeGlassModel.from_pretrained(name_or_path), EdgeGlassProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name_or_path}: no EdgeGlass model: {str(error).splitlines()[0]}") from error
+        kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", "unknown")
+        if kind != EdgeGlassConfig.model_type:
+            raise ValueError(f"its config.json tells of a model of type {kind}, or is not there")
+        loaded: Any = EdgeGlassModel.from_pretrained(name_or_path, output_loading_info=True)
+        processor = EdgeGlassProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{name_or_path}: no EdgeGlass model: {str(error).strip().splitlines()[0]}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"{name_or_path}: no whole EdgeGlass model: it lacks {len(missing)} weights, such as {missing[0]}"
+        )
+    return model, processor
 
 
 def image_transforms(processor: EdgeGlassProcessor, *, is_training: bool) -> ImageTransform:

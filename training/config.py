@@ -1,10 +1,11 @@
-"""One YAML file, typed sections: a wrong key or type stops here, with the nearest right one."""
+"""One YAML file, typed sections: a wrong key, type or value stops here, with where it came from."""
 
 import difflib
+import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -102,6 +103,67 @@ class AlignmentConfig:
     trainer: dict[str, Any] = field(default_factory=dict)  # epochs, output_dir, resume, fields of TrainingArguments
 
 
+Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and whether one is
+
+
+def at_least(lowest: float) -> Rule:
+    """Numbers from `lowest` on; neither infinite nor NaN."""
+    return f"{lowest} or more", lambda value: lowest <= value < math.inf
+
+
+def one_of(*names: str) -> Rule:
+    """One of some words."""
+    return " or ".join(names), lambda value: value in names
+
+
+def _or_null(rule: Rule) -> Rule:
+    words, fits = rule
+    return f"{words}, or null", lambda value: value is None or fits(value)
+
+
+def _are_paths(value: Any) -> bool:
+    paths = value if OmegaConf.is_list(value) else [value]
+    return len(paths) > 0 and all(isinstance(path, str) and path.strip() for path in paths)
+
+
+_ABOVE_ZERO: Rule = "above 0", lambda value: 0 < value < math.inf
+_SHARE: Rule = "in 0..1", lambda value: 0 <= value <= 1
+_BELOW_ONE: Rule = "in 0..1 and below 1", lambda value: 0 <= value < 1
+_BETAS: Rule = "two numbers in 0..1 and below 1", lambda value: len(value) == 2 and all(map(_BELOW_ONE[1], value))
+_PATHS: Rule = "a file, a glob, or a list of them", _are_paths
+POOLING = one_of("simple", "multihead")  # POOLING_TYPES of modeling_edgeglass, which would import torch
+
+_RULES = {
+    "dataset.train_parquet": _PATHS,
+    "dataset.val_parquet": _PATHS,
+    "dataset.test_parquet": _or_null(_PATHS),
+    "dataset.batch_size": at_least(1),
+    "dataset.text_dropout_prob": _SHARE,
+    "dataset.max_text_length": at_least(1),
+    "dataset.image_size": _or_null(at_least(8)),
+    "dataset.on_bad_sample": one_of("replace", "raise"),
+    "dataset.max_bad_fraction": _SHARE,
+    "dataset.max_image_pixels": at_least(1),
+    "vision_encoder.projection_dim": at_least(1),
+    "vision_encoder.pooling_type": POOLING,
+    "text_encoder.projection_dim": at_least(1),
+    "text_encoder.pooling_type": POOLING,
+    "losses.contrastive": at_least(0),
+    "losses.mrl": at_least(0),
+    "optimization.lr": _ABOVE_ZERO,
+    "optimization.weight_decay": at_least(0),
+    "optimization.betas": _BETAS,
+    "optimization.max_grad_norm": at_least(0),
+    "optimization.warmup_ratio": _BELOW_ONE,
+    "optimization.on_nan": one_of("stop", "skip"),
+    "optimization.early_stopping_patience": _or_null(at_least(1)),
+    "trainer.output_dir": ("a directory", lambda value: isinstance(value, str) and value.strip() != ""),
+}
+
+
+_SECTIONS = [section.name for section in fields(AlignmentConfig)]
+
+
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> AlignmentConfig:
     """Read a run's config: defaults, then the file, then `key=value` overrides.
 
@@ -117,24 +179,34 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         ConfigError: The file is missing or no YAML, or a key, a type or a value is wrong.
     """
     config = OmegaConf.structured(AlignmentConfig)
-    try:
-        from_file = OmegaConf.load(os.fspath(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(from_file, DictConfig):
-        raise ConfigError(f"{path}: holds no sections; it wants {', '.join(config)}")
-    config = _merge(config, from_file, origin=str(path))
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r}: an override looks like section.key=value")
-        config = _merge(config, OmegaConf.from_dotlist([override]), origin=override)
+    origins = {"": str(path)}  # of a key that nobody set
+    for origin, changes in [(str(path), _read_file(path)), *map(_read_override, overrides)]:
+        config = _merge(config, changes, origin)
+        origins |= {f"{section}.{name}": origin for section in _SECTIONS for name in changes.get(section, ())}
     for key, value in _TRAINER_DEFAULTS.items():
         config.trainer.setdefault(key, value)
-    _check(config, origin=str(path))
+    object.__setattr__(config, "_origins", origins)  # beside the keys, not one of them
+    _resolve(config)
+    _check(config)
     return cast(AlignmentConfig, config)
+
+
+def key_error(config: AlignmentConfig, key: str, reason: str) -> ConfigError:
+    """An error about `key` that begins with where it was last set: the file, or an override."""
+    origins = vars(config).get("_origins", {})  # a config that was made without a file has none
+    origin = origins.get(key) or origins.get("")
+    return ConfigError(f"{origin}: {key}: {reason}" if origin else f"{key}: {reason}")
+
+
+def check_value(config: AlignmentConfig, key: str, value: Any, rule: Rule) -> None:
+    """Refuse the value of `key` unless it is as `rule` says.
+
+    Raises:
+        ConfigError: Names where the key was set, and what it must be.
+    """
+    words, fits = rule
+    if not fits(value):
+        raise key_error(config, key, f"must be {words}, got {value!r}")
 
 
 def save_config(config: AlignmentConfig, path: str | os.PathLike[str]) -> None:
@@ -142,14 +214,38 @@ def save_config(config: AlignmentConfig, path: str | os.PathLike[str]) -> None:
     OmegaConf.save(cast(Any, config), os.fspath(path), resolve=True)
 
 
-def _merge(config: DictConfig, changes: Any, origin: str) -> DictConfig:
+def _read_file(path: str | os.PathLike[str]) -> DictConfig:
+    try:
+        content = OmegaConf.load(os.fspath(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no YAML: it is not in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: holds no sections; it wants {', '.join(_SECTIONS)}")
+    return content
+
+
+def _read_override(override: str) -> tuple[str, DictConfig]:
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override looks like section.key=value")
+    try:
+        return override, OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{override}: its value is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _merge(config: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
     if resolver := _RESOLVER.search(OmegaConf.to_yaml(changes)):
         raise ConfigError(
             f"{origin}: {resolver[0]}...: a config is data; of interpolations only ${{section.key}} is read"
         )
-    for key in changes:
-        if key in config and OmegaConf.is_config(config.get(key)) and not OmegaConf.is_dict(changes[key]):
-            raise ConfigError(f"{origin}: {key} is a section of keys, not the value {changes[key]!r}")
+    for key, value in cast(dict[Any, Any], OmegaConf.to_container(changes)).items():
+        if key in config and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {key} is a section of keys, not the value {value!r}")
     try:
         return cast(DictConfig, OmegaConf.merge(config, changes))
     except OmegaConfBaseException as error:
@@ -163,33 +259,29 @@ def _merge(config: DictConfig, changes: Any, origin: str) -> DictConfig:
         raise ConfigError(f"{origin}: {key}: {str(error).splitlines()[0]}") from error
 
 
-def _check(config: Any, origin: str) -> None:
+def _resolve(config: Any) -> None:
+    """Put the values that interpolations name in their place."""
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise key_error(config, error.full_key or "", str(error).splitlines()[0]) from error
+
+
+def _check(config: Any) -> None:
     """Values that types alone do not catch."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{origin}: {missing[0]} is not set")
-    vision, text, dataset = config.vision_encoder, config.text_encoder, config.dataset
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise key_error(config, missing[0], "is not set")
+    if "output_dir" not in config.trainer:
+        raise key_error(config, "trainer.output_dir", "is not set")
+    for key, rule in _RULES.items():
+        check_value(config, key, OmegaConf.select(config, key), rule)
+    vision, text = config.vision_encoder, config.text_encoder
     for key in ("projection_dim", "mrl_dimensions"):
         if vision[key] != text[key]:
-            raise ConfigError(f"{origin}: vision_encoder.{key} {vision[key]} differs from text_encoder's {text[key]}")
-    if dataset.batch_size < 1:
-        raise ConfigError(f"{origin}: dataset.batch_size must be positive, got {dataset.batch_size}")
-    if not 0 <= dataset.text_dropout_prob <= 1:
-        raise ConfigError(f"{origin}: dataset.text_dropout_prob must be in 0..1, got {dataset.text_dropout_prob}")
-    if dataset.on_bad_sample not in ("replace", "raise"):
-        raise ConfigError(f"{origin}: dataset.on_bad_sample must be replace or raise, got {dataset.on_bad_sample!r}")
-    for key, lowest in (("max_text_length", 1), ("max_image_pixels", 1), ("image_size", 8)):
-        if dataset[key] is not None and dataset[key] < lowest:
-            raise ConfigError(f"{origin}: dataset.{key} must be {lowest} or more, got {dataset[key]}")
-    if config.optimization.lr <= 0:
-        raise ConfigError(f"{origin}: optimization.lr must be positive, got {config.optimization.lr}")
-    if len(config.optimization.betas) != 2:
-        raise ConfigError(f"{origin}: optimization.betas must be two numbers, got {config.optimization.betas}")
-    if not 0 <= config.optimization.warmup_ratio < 1:
-        raise ConfigError(
-            f"{origin}: optimization.warmup_ratio must be in 0..1 and below 1, got {config.optimization.warmup_ratio}"
-        )
-    if config.optimization.on_nan not in ("stop", "skip"):
-        raise ConfigError(f"{origin}: optimization.on_nan must be stop or skip, got {config.optimization.on_nan!r}")
-    if "output_dir" not in config.trainer:
-        raise ConfigError(f"{origin}: trainer.output_dir is not set")
+            raise key_error(config, f"vision_encoder.{key}", f"{vision[key]} differs from text_encoder's {text[key]}")
+    for dimension in vision.mrl_dimensions:
+        if not 0 < dimension < vision.projection_dim:
+            reason = f"must lie in 1..{vision.projection_dim - 1}, below projection_dim, got {dimension}"
+            raise key_error(config, "vision_encoder.mrl_dimensions", reason)
+    if config.losses.contrastive == config.losses.mrl == 0:
+        raise key_error(config, "losses.mrl", "both weights of the loss are 0, so that nothing is learned")

@@ -6,6 +6,7 @@ This is how a test set is touched: once, after every choice was made on val.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
     if options.batch_size < 2:
         raise ConfigError(f"--batch-size: a loss needs two pairs or more, got {options.batch_size}")
-    split = options.split or Path(options.parquet[0]).stem
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction: must be in 0..1, got {options.max_bad_fraction}")
+    split = options.split or split_name(options.parquet[0])
+    beside_model = Path(options.model).parent if Path(options.model).is_dir() else Path()
+    output = options.output or beside_model / f"{split}_metrics.json"
+    check_writable(output)
     model, processor = load_model(options.model)
     dataset = PixmoParquetImageTextDataset(
         options.parquet,
@@ -45,19 +51,50 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if len(dataset) < 2:
         raise DataError(f"{', '.join(options.parquet)}: one pair is no set to evaluate: retrieval needs two or more")
-    with tempfile.TemporaryDirectory() as unused_output_dir:
-        args = build_evaluation_arguments(unused_output_dir, options.batch_size)
-        prepare_cpu(args)
-        trainer = AlignmentTrainer(model, args, processing_class=processor, eval_dataset=dataset, visualize=False)
+    args = build_evaluation_arguments(str(output.parent), options.batch_size)
+    prepare_cpu(args)
+    trainer = AlignmentTrainer(
+        model,
+        args,
+        processing_class=processor,
+        eval_dataset=dataset,
+        max_bad_fraction=options.max_bad_fraction,
+        visualize=False,
+    )
+    try:
         metrics = logged_names(trainer.evaluate())
-    metrics = {name.replace("val/", f"{split}/"): value for name, value in metrics.items()}
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise ConfigError(f"{options.model}: {error}") from error
+    # An evaluation alone has no epoch.
+    metrics = {f"{split}/{name[4:]}": value for name, value in metrics.items() if name.startswith("val/")}
     if args.should_save:
-        beside_model = Path(options.model).parent if Path(options.model).is_dir() else Path()
-        output = options.output or beside_model / f"{split}_metrics.json"
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions), split))
         save_metrics(metrics, output)
         print(f"metrics: {output}")
     trainer.accelerator.end_training()
+
+
+def split_name(parquet: str) -> str:
+    """What the numbers of a file are called: its name, of a glob what is no wildcard."""
+    return re.sub(r"[^\w.-]+", "_", Path(parquet).stem).strip("_.-") or "test"
+
+
+def check_writable(output: Path) -> None:
+    """Find out before the set is encoded.
+
+    Raises:
+        ConfigError: Nothing can be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); --output names another") from error
+    if output.is_dir():
+        raise ConfigError(f"{output}: is a directory; --output names a file")
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,6 +104,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file (default: SPLIT_metrics.json beside the model)")
     parser.add_argument("--split", help="what the names of the numbers begin with (default: PARQUET's name)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs per batch; the loss depends on it (64)")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="0..1, more bad rows are an error (0.05)")
     parser.add_argument("--image-column", help="column of the pictures (default: found by name)")
     parser.add_argument("--caption-column", help="column of the captions (default: found by name)")
     return parser.parse_args()

@@ -3,7 +3,7 @@
 import bisect
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
+from datasets.builder import Key
+from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import types
 
 from training.errors import DataError
@@ -19,6 +21,8 @@ from training.errors import DataError
 IMAGE_COLUMNS = ("image_bytes", "image", "jpg")
 CAPTION_COLUMNS = ("caption", "text", "txt")
 SAMPLE_ID_COLUMNS = ("sample_id", "key")
+
+_ROWS_PER_BATCH, _BUFFER_BYTES = 64, 1 << 20
 
 ParquetPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -106,12 +110,29 @@ class ParquetPairs:
     def _load(self) -> datasets.Dataset:
         columns = [column for column in (self._image, self._caption, self._sample_id) if column is not None]
         try:
-            table: Any = datasets.Dataset.from_parquet(self.files, columns=columns)
+            builder = _StreamedParquet(data_files={"train": self.files}, columns=columns, hash="streamed")
+            builder.download_and_prepare()
+            table: Any = builder.as_dataset("train")
         except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
             raise _name_culprit(self.files, columns, error) from error
         if isinstance(table.features[self._image], datasets.Image):
             table = table.cast_column(self._image, datasets.Image(decode=False))
         return table
+
+
+class _StreamedParquet(Parquet):
+    """`datasets`' builder for parquet, but for its reading: that holds a row group decoded, which may be the file."""
+
+    def _generate_tables(self, files: Sequence[str], row_groups_list: Any) -> Iterator[tuple[Key, pyarrow.Table]]:
+        for number, file in enumerate(files):
+            for i, batch in enumerate(_read_batches(file, self.config.columns)):
+                yield Key(number, i), self._cast_table(pyarrow.Table.from_batches([batch]))
+
+
+def _read_batches(file: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+    """A file a few rows at a time; held are they, a page of each column and a small buffer."""
+    with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as reader:
+        yield from reader.iter_batches(_ROWS_PER_BATCH, columns=columns)
 
 
 def find_parquet_files(parquet_path: ParquetPath) -> list[str]:
@@ -150,9 +171,9 @@ def _find_column(kind: str, wanted: str | None, usual: Sequence[str], columns: S
         if name in columns:
             return name
     expected = f"column {wanted!r}" if wanted else f"{kind} column ({', '.join(usual)})"
-    raise DataError(
-        f"{file}: no {expected}; it has {', '.join(columns)}; dataset.{kind}_column in the config names another"
-    )
+    option = "" if kind == "sample_id" else f", or --{kind}-column in evaluation"
+    hint = f"dataset.{kind}_column in the config{option}, names another"
+    raise DataError(f"{file}: no {expected}; it has {', '.join(columns)}; {hint}")
 
 
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
@@ -176,7 +197,7 @@ def _name_culprit(files: Sequence[str], columns: Sequence[str], error: Exception
     """Which of several files cannot be read; datasets does not say."""
     for file in files:
         try:
-            for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=columns):
+            for _ in _read_batches(file, columns):
                 pass
         except (pyarrow.ArrowException, OSError) as reason:
             return DataError(f"{file}: is damaged: {str(reason).splitlines()[0]}")

@@ -37,9 +37,10 @@ def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
     if (output_dir / FINAL_METRICS).exists() and not (checkpoint and _is_longer(config, output_dir)):
+        extend = "raise trainer.epochs to extend it, " if checkpoint else ""
         raise ConfigError(
-            f"{output_dir} holds a finished run; raise trainer.epochs to extend it, set trainer.output_dir to "
-            "another directory, or remove this one"
+            f"{output_dir} holds a finished run; {extend}set trainer.output_dir to another directory, "
+            "or remove this one"
         )
     return checkpoint
 
