@@ -1,5 +1,6 @@
 """The two towers: backbone -> pooling -> projection -> unit length."""
 
+import inspect
 import math
 from typing import Any, cast
 
@@ -91,8 +92,21 @@ class VisionEncoder(_Encoder):
     modality = "vision"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, projection_dim), in float32."""
-        return self.embed(self._pool(*self._run_backbone(pixel_values=pixel_values.to(self.backbone.dtype))))
+        """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, projection_dim), in float32.
+
+        Learned positions are interpolated where S is not the size that the backbone was trained on.
+        """
+        return self.embed(self._pool(*self._look_at(pixel_values)))
+
+    def _look_at(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens and pooled output of pictures of any size; DINOv2 and its kin interpolate without being asked."""
+        inputs: dict[str, Any] = {"pixel_values": pixel_values.to(self.backbone.dtype)}
+        own_size = self.backbone.config.to_dict().get("image_size")
+        own_sizes = tuple(own_size) if isinstance(own_size, list | tuple) else (own_size, own_size)
+        can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        if can_interpolate and tuple(pixel_values.shape[2:]) != own_sizes:
+            inputs["interpolate_pos_encoding"] = True
+        return self._run_backbone(**inputs)
 
     def attention_map(self, pixel_values: Tensor) -> Tensor:
         """Weights that the learned pooling gives to the places of pictures (B, 3, S, S), as (B, height, width).
@@ -104,7 +118,7 @@ class VisionEncoder(_Encoder):
         """
         if self.pooling is None:
             raise ValueError("use_attention_pooling is false: there are no learned weights to show")
-        tokens, _ = self._run_backbone(pixel_values=pixel_values.to(self.backbone.dtype))
+        tokens, _ = self._look_at(pixel_values)
         weights: Tensor = cast(Any, self.pooling).attention_weights(tokens)  # (B, N)
         height, width = self._grid(weights.shape[1], pixel_values.shape[2:])
         return weights[:, -height * width :].unflatten(1, (height, width))

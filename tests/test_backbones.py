@@ -102,6 +102,13 @@ def test_any_vision_tower_embeds_pictures(vision_backbone: PreTrainedModel, use_
     assert (embeds[0] - embeds[1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("size", [32, 48, 96])
+def test_pictures_may_have_another_size_than_the_backbone_was_trained_on(vision_backbone: PreTrainedModel, size: int):
+    encoder = VisionEncoder(vision_backbone, 48).eval()
+    embeds = encoder(torch.randn(2, 3, size, size))
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(2))
+
+
 @pytest.mark.parametrize("use_attention_pooling", [True, False])
 @pytest.mark.parametrize(
     ("name", "side"), [*((name, "right") for name in TEXT_MODELS), *((name, "left") for name in RELATIVE_POSITIONS)]

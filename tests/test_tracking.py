@@ -26,7 +26,7 @@ def run_two_sessions(run_config: Path) -> Path:
     environment = os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(run_config.parent / "trackio")}
     for epochs in (1, 2):
         command = [sys.executable, "run_alignment.py", "--config", run_config, f"trainer.epochs={epochs}",
-                   "trainer.report_to=all", "trainer.disable_tqdm=true"]  # fmt: skip
+                   "trainer.report_to=[wandb, trackio, tensorboard]", "trainer.disable_tqdm=true"]  # fmt: skip
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"step {5 * epochs}/{5 * epochs}  train/epoch {epochs}  val/loss" in done.stdout
