@@ -67,7 +67,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         seed: int = 42,
         for_evaluation: bool = False,
         on_bad_sample: str = "replace",
-        max_image_pixels: int = 100_000_000,
+        max_image_pixels: int = 40_000_000,
         image_column: str | None = None,
         caption_column: str | None = None,
         sample_id_column: str | None = None,
@@ -129,6 +129,8 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         row = self.pairs[index]
         file, number = self.pairs.where(index)
         sample_id = printable(row.sample_id)
+        if row.defect:
+            return BadSample(file, number, sample_id, row.defect)
         if not row.image_bytes:
             return BadSample(file, number, sample_id, "the picture is empty, or not embedded")
         if row.caption is None or not row.caption.strip():
