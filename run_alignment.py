@@ -10,6 +10,7 @@ the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -30,6 +31,10 @@ def main() -> None:
             sys.exit(align(load_config(options.config, options.overrides), signals))
     except UserError as error:
         sys.exit(last_words(error))
+    except OSError as error:  # of a figure or a log, wherever it is written
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: the disk is full ({error}): make room and start the same command again")
 
 
 def last_words(error: UserError) -> str | int:

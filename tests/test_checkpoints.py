@@ -16,7 +16,10 @@ from training.checkpoints import (
     read_identity,
     remove_old_checkpoints,
 )
-from training.errors import CheckpointError
+from training.errors import CheckpointError, OutputError
+from training.identity import fingerprint
+from training.results import save_metrics, save_model
+from training.trainer import AlignmentTrainer
 
 
 def write(output_dir: Path, step: int, content: str = "weights") -> Path:
@@ -185,3 +188,47 @@ def test_a_manifest_lists_every_file(run_config: Path):
     listed = set(json.loads((checkpoint / "manifest.json").read_text())["files"])
     assert listed == {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
     assert not list(checkpoint.glob("*.bin"))  # nothing pickled but what torch.load reads with weights_only
+
+
+def test_any_change_of_a_file_changes_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(4_000_000))
+    before = fingerprint([str(path)])
+    with path.open("rb+") as file:
+        file.seek(300_000)  # between the blocks that are sampled of larger files
+        file.write(b"x")
+    assert fingerprint([str(path)]) != before
+    monkeypatch.setattr("training.identity._HASHED_WHOLE", 0)
+    sampled = fingerprint([str(path)])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert fingerprint([str(path)]) != sampled
+
+
+def save_a_model(trainer: AlignmentTrainer, output_dir: Path) -> None:
+    save_model(trainer._model, trainer.processing_class, output_dir)
+
+
+def save_numbers(trainer: AlignmentTrainer, output_dir: Path) -> None:
+    save_metrics({"a": 1.0}, output_dir / "m.json")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("write", [save_a_model, save_numbers])
+def test_a_full_disk_leaves_the_file_or_model_before(run_config: Path, write, monkeypatch: pytest.MonkeyPatch):
+    trainer = make_trainer(run_config)
+    output_dir = run_config.parent / "run"
+    write(trainer, output_dir)
+    before = contents(output_dir)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args, **kwargs):
+        raise full
+
+    monkeypatch.setattr(trainer.processing_class.tokenizer.__class__, "save_pretrained", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match=r"^(model|m\.json) could not be written to .* No space left .*: make room"):
+        write(trainer, output_dir)
+    assert contents(output_dir) == before
