@@ -88,7 +88,7 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 
 def fingerprint(files: Sequence[str]) -> str:
-    """Hash of files: of all they hold up to 1 GiB together, a second or two; of more, their sizes and sampled blocks.
+    """Hash of files: of all they hold up to 1 GiB together, some seconds; of more, their sizes and sampled blocks.
 
     Those are 16 of 64 KiB in each file, its footer among them, so that a change between them goes unseen.
     """
