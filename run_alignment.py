@@ -10,6 +10,7 @@ the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -17,22 +18,37 @@ from datetime import UTC, datetime
 
 from training.config import AlignmentConfig, load_config, save_config
 from training.errors import UserError
+from training.signals import SignalListener
 
 
 def main() -> None:
     options = parse_options()
     # Tokenizers in forked workers would each warn that they no longer run in parallel, as is right for workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signals = SignalListener()
     try:
-        sys.exit(align(load_config(options.config, options.overrides)))
+        with signals.listening():
+            sys.exit(align(load_config(options.config, options.overrides), signals))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)  # one rank speaks
-        # From a loader's worker the message comes with a traceback in front of it.
-        sys.exit("error: " + re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1]))
+        sys.exit(last_words(error))
+    except OSError as error:  # of a figure or a log, wherever it is written
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: the disk is full ({error}): make room and start the same command again")
 
 
-def align(config: AlignmentConfig) -> int:
+def last_words(error: UserError) -> str | int:
+    """What a rank says before it ends: of errors that all ranks have, one of each machine speaks."""
+    rank, local_rank, world_size = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if not error.of_one_rank and (local_rank or "0") != "0":
+        return 1
+    speaker = f"error (rank {rank})" if error.of_one_rank and (world_size or "1") != "1" else "error"
+    # From a loader's worker the message comes with a traceback in front of it.
+    message = re.sub(r"\ACaught .*^[\w.]+Error: ", "", str(error), flags=re.DOTALL | re.MULTILINE)
+    return f"{speaker}: {' '.join(message.split())}"
+
+
+def align(config: AlignmentConfig, signals: SignalListener) -> int:
     """Train, evaluate, save; returns the exit status of the process."""
     # torch and transformers take seconds to import; neither --help nor a typo in the config waits for them.
     from transformers import set_seed
@@ -79,26 +95,27 @@ def align(config: AlignmentConfig) -> int:
         identity=identity,
         on_nan=config.optimization.on_nan,
         max_bad_fraction=config.dataset.max_bad_fraction,
+        signals=signals,
     )
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
     if args.should_save:
         clear_marks(output_dir)
         save_config(config, f"{output_dir}/{CONFIG}")
         save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = logged_names(trainer.evaluate_unless_preempted())
     if trainer.preempted:
         if args.should_save:
             mark_preempted(output_dir, trainer.state.global_step)
         print(f"stopped by a signal after step {trainer.state.global_step}; the same command goes on from there")
         return PREEMPTED_STATUS
 
-    metrics = logged_names(result.metrics | trainer.evaluate())
     if args.should_save:
         save_model(model, processor, output_dir)
         save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
         write_report(output_dir, model.config.projection_dim)
-        best = trainer.state.best_global_step
-        print(f"model of step {best}, the lowest val loss" if best else "model of the last step")
+        best, metric = trainer.loaded_best_step, str(args.metric_for_best_model).removeprefix("eval_")
+        print(f"model of step {best}, the best val/{metric}" if best else "model of the last step")
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
         print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
     trainer.accelerator.end_training()

@@ -3,9 +3,9 @@
     python benchmarks/bad_inputs.py
 
 Pictures of six formats are truncated, get flipped bits, zeroed blocks, swapped headers and random tails; parquet
-files get the same. Every picture is a row of one file that is read as in training, every file is opened and read
-whole, each in a process that is given 20 seconds. Prints one JSON line per kind: read, replaced (or refused with a
-DataError), crashed, hung.
+files get the same; one picture is an EPS. Every picture is a row of one file that is read as in training, every file
+is opened and read whole, each in a process that is given 20 seconds. Prints one JSON line per kind: read, replaced (or
+refused with a DataError), crashed, hung.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from training.transforms import get_image_transforms
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 SECONDS = 20  # for one picture or file
+# A program for Ghostscript that never ends: it is not to be started.
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n%%EOF\n"
 
 
 def truncate(data: bytearray, rng: random.Random) -> bytearray:
@@ -83,6 +85,7 @@ def main() -> None:
             original = make_picture(format)
             damaged = [bytes(damage(bytearray(original), rng)) for damage in DAMAGES for _ in range(options.per_kind)]
             total += report(format, count(read_pictures, write_pictures(Path(folder), format, damaged), len(damaged)))
+        total += report("EPS", count(read_pictures, write_pictures(Path(folder), "EPS", [EPS]), 1))
         intact = write_pictures(Path(folder), "intact", [make_picture("PNG")] * 50).read_bytes()
         for number in range(options.per_kind * len(DAMAGES)):
             path = Path(folder) / f"damaged-{number}.parquet"

@@ -4,7 +4,8 @@
 
 Both runs are `run_alignment.py` on the emoji of the demo with small random towers that train, dropout and all.
 Every other kill strikes while a checkpoint is being written, the others at random moments of training. Prints one
-JSON line: kills survived, and how many weights, optimizer moments, logged values and metrics differ.
+JSON line: kills survived, and how many weights, optimizer moments, logged values and metrics differ. The status is 1
+where anything differs, or where the run ended before all the kills.
 """
 
 import argparse
@@ -50,7 +51,10 @@ def main() -> None:
             print(f"kill {sum(kills.values())} {moment}: {newest_checkpoint(disturbed)}", file=sys.stderr, flush=True)
         finish(config, disturbed)
         result = {"kills survived": sum(kills.values()), **kills}
-        print(json.dumps(result | {"differences": count_differences(undisturbed, disturbed)}))
+        differences = count_differences(undisturbed, disturbed)
+        print(json.dumps(result | {"differences": differences}))
+        if any(differences.values()) or sum(kills.values()) < options.kills:
+            sys.exit(1)
 
 
 def write_config(folder: Path, epochs: int) -> Path:
@@ -145,9 +149,12 @@ def count_differences(left: Path, right: Path) -> dict[str, int]:
 
 
 def without_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Logged values but for times, and for the mean loss of a session, which is another when there are several."""
-    timed = ("runtime", "per_second", "total_flos")
-    return [{k: v for k, v in entry.items() if not k.endswith(timed) and k != "train/mean_loss"} for entry in entries]
+    """Logged values but for times, and for the summary that Trainer logs at the end of a session."""
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(("runtime", "per_second"))}
+        for entry in entries
+        if "train_runtime" not in entry
+    ]
 
 
 if __name__ == "__main__":

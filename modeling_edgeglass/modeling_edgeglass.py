@@ -224,9 +224,17 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         return truncate_embeds(self.text_encoder(input_ids, attention_mask), truncate_dim)
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """The weights that training changes: all but those of frozen backbones."""
+        """The weights that training changes: all but those of frozen backbones, and a tied weight once.
+
+        safetensors refuses a weight that has two names, such as the embedding of T5.
+        """
         frozen = tuple(f"{name}.backbone." for name, encoder in self._encoders() if encoder.freeze)
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen or ("-",))}
+        distinct = {name for named in (self.named_parameters(), self.named_buffers()) for name, _ in named}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if name in distinct and not name.startswith(frozen or ("-",))
+        }
 
     def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take what `trained_state_dict` gave.

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .backbones import backbone_config, longest_text
 from .distributed import rank
-from .images import to_rgb
+from .images import FORMATS, to_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -132,7 +132,7 @@ def _text_length(text: str, tokenizer_limit: int, positions: int | None, wanted:
 def _plain(image: Any) -> Any:
     """Pictures and paths of them as RGB on white; anything else as it is."""
     if isinstance(image, str | os.PathLike) and os.path.isfile(image):
-        with Image.open(image) as opened:
+        with Image.open(image, formats=FORMATS) as opened:
             return to_rgb(opened)
     return to_rgb(image) if isinstance(image, Image.Image) else image
 

@@ -159,7 +159,7 @@ def test_the_log_is_shared_between_ranks(tmp_path: Path):
 
 
 def test_a_huge_picture_is_refused_before_it_is_unpacked():
-    with pytest.raises(UndecodableImageError, match="12000 x 12000 pixels, where 100000000 are the limit"):
+    with pytest.raises(UndecodableImageError, match="12000 x 12000 pixels, where 40000000 are the limit"):
         decode_image(png_header(12_000, 12_000))
     with pytest.raises(UndecodableImageError, match="decompression bomb"):  # Pillow's own limit comes first
         decode_image(png_header(60_000, 60_000))
@@ -258,3 +258,77 @@ def test_a_collapsed_model_is_warned_of(run_config: Path, caplog):
     torch.nn.init.constant_(trainer._model.text_encoder.projection.bias, 1000.0)
     trainer.evaluate()
     assert "collapsed: all text embeddings are alike (mean cosine 1.0" in caplog.text
+
+
+def not_utf8(bad: bytes) -> pyarrow.Array:
+    """Four texts of which the third is `bad`, which pyarrow itself would not write."""
+    content = pyarrow.array([b"a", b"b", bad, b"d"], pyarrow.binary())
+    return pyarrow.Array.from_buffers(pyarrow.string(), 4, content.buffers())
+
+
+BAD_CELLS = {
+    "caption": ({"caption": not_utf8(b"\xff\xfe")}, "the caption or id is no UTF-8"),
+    "sample_id": ({"sample_id": not_utf8(b"\xff\xfe")}, "the caption or id is no UTF-8"),
+    "picture": (
+        {
+            "image": pyarrow.array(
+                [[1, None] if i == 2 else list(picture(str(i))) for i in range(4)], pyarrow.list_(pyarrow.uint8())
+            )
+        },
+        "a byte of the picture is null",
+    ),
+}
+
+
+@pytest.mark.parametrize("cell", BAD_CELLS)
+def test_a_cell_that_cannot_be_read_makes_its_row_a_bad_one(cell: str, tmp_path: Path):
+    columns, reason = BAD_CELLS[cell]
+    good = {"image": [picture(str(i)) for i in range(4)], "caption": list("abcd"), "sample_id": list("abcd")}
+    dataset = PixmoParquetImageTextDataset(write_table(tmp_path / "a.parquet", good | columns), EVAL)
+    (bad,) = dataset[2]["bad_samples"]
+    assert (bad.row, bad.sample_id, bad.reason) == (2, "2", reason)
+    assert not dataset[1]["bad_samples"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [{"bytes": b"x", "path": None}]}, "column 'image' holds struct<.*>, where .*a.parquet has binary"),
+        ({"sample_id": ["x"]}, "column 'sample_id' holds string, where .*a.parquet has int64"),
+        ({"sample_id": [1.5]}, "column 'sample_id' holds double, where .*a.parquet has int64"),
+    ],
+)
+def test_a_column_is_of_one_kind_in_all_shards(columns: dict, message: str, tmp_path: Path):
+    good = {"image": [b"x"], "caption": ["x"], "sample_id": [1]}
+    first = write_table(tmp_path / "a.parquet", good)
+    with pytest.raises(DataError, match=rf"b\.parquet: {message}"):
+        PixmoParquetImageTextDataset([first, write_table(tmp_path / "b.parquet", good | columns)], EVAL)
+    other = pyarrow.array([2], pyarrow.uint8()), pyarrow.array(["y"]).dictionary_encode()
+    alike = write_table(tmp_path / "c.parquet", good | {"sample_id": other[0], "caption": other[1]})
+    dataset = PixmoParquetImageTextDataset([first, alike], EVAL)
+    assert [dataset.pairs[i].sample_id for i in (0, 1)] == ["1", "2"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+    arrays = [pyarrow.array([picture("x")]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    table = pyarrow.Table.from_arrays(arrays, names=["image", "caption", "caption"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: several columns are called 'caption'"):
+        PixmoParquetImageTextDataset(tmp_path / "a.parquet", EVAL)
+
+
+def test_a_file_may_be_called_like_a_glob(tmp_path: Path):
+    path = write_pairs(tmp_path / "data[1]*.parquet", 3)
+    write_pairs(tmp_path / "data1.parquet", 5)
+    dataset = PixmoParquetImageTextDataset(path, EVAL)
+    assert [dataset[i]["sample_id"] for i in range(len(dataset))] == ["id-0", "id-1", "id-2"]
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    ["{", '{"info": {"features": {"image": {"_type": "Nope"}}}}', '{"info": {"features": {"x": {"_type": "Audio"}}}}'],
+)
+def test_what_a_file_claims_about_its_features_is_not_believed(claimed: str, tmp_path: Path):
+    table = pyarrow.table({"image": [picture("x")], "caption": ["words"]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": claimed}), tmp_path / "a.parquet")
+    assert PixmoParquetImageTextDataset(tmp_path / "a.parquet", EVAL)[0]["text"] == "words"

@@ -63,6 +63,7 @@ def test_saving_and_loading_changes_nothing(path: Path, tmp_path: Path):
         ("dataset.batch_size=1.5", "dataset.batch_size: Value '1.5' of type 'float' could not be converted"),
         ("vision_encoder.mrl_dimensions=[big]", "vision_encoder.mrl_dimensions: Value 'big'"),
         ("dataset.train_parquet=${oc.env:HOME}", "${oc.env:...: a config is data"),
+        ("dataset.train_parquet=${oc.${trainer.run_name}:HOME}", "${oc.${trainer.run_name...: a config is data"),
         ("optimization=3", "optimization is a section of keys, not the value 3"),
         ("lr", "'lr': an override looks like section.key=value"),
         ("vision_encoder.projection_dim=64", "vision_encoder.projection_dim: 64 differs from text_encoder's 4096"),

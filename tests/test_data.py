@@ -1,6 +1,8 @@
+import csv
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from tests.conftest import picture, png, write_pairs
 from tests.towers import tiny_tokenizer
+from training.bad_samples import BadSample, BadSampleLog
 from training.config import DatasetConfig
 from training.data import (
     EpochSampler,
@@ -24,7 +27,7 @@ from training.data import (
     cut_words,
     drop_caption,
 )
-from training.errors import DataError
+from training.errors import DataError, OutputError, printable
 from training.images import decode_image
 from training.randomness import keyed_rng
 from training.transforms import get_image_transforms
@@ -297,3 +300,40 @@ def test_a_bad_row_is_named(row: dict, message: str, tmp_path: Path):
     with pytest.raises(DataError, match=re.escape(message)):
         dataset[1]
     assert dataset[0]["text"] == "good"
+
+
+def test_a_sample_id_spoils_neither_a_message_nor_the_list(tmp_path: Path):
+    hostile = "a\nb\x1b[31m\r\u202e" + "c" * 200_000
+    columns = {"image": [picture("x"), b"y"], "caption": ["x", "y"], "sample_id": ["good", hostile]}
+    path = write_table(tmp_path / "a.parquet", columns)
+    (bad,) = open_pairs(path)[1]["bad_samples"]
+    assert bad.sample_id.startswith(r"a\nb\x1b[31m\r\u202ecc")
+    assert len(bad.sample_id) == 80
+    with pytest.raises(DataError) as caught:
+        open_pairs(path, on_bad_sample="raise")[1]
+    assert str(caught.value).isprintable()
+    assert printable("id-3 ö 狐 'x'") == "id-3 ö 狐 'x'"
+
+
+def test_a_row_that_a_full_disk_cut_off_is_written_again(tmp_path: Path):
+    path, rows = tmp_path / "bad.csv", [BadSample("f", row, "x" * 60, "reason") for row in range(3)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"^bad\.csv could not be written to .* File too large") as caught:
+            BadSampleLog(path, {}, 0.5).record(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert path.stat().st_size == 150
+    BadSampleLog(path, {}, 0.5).record(rows)
+    with path.open(newline="") as file:
+        assert [row["row"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("left", ["", "file,ro", "file,row,sample_id,reason\r\nf,1,a,b\r\nf,2,a"])
+def test_half_a_line_of_a_kill_stops_no_restart(tmp_path: Path, left: str):
+    path = tmp_path / "bad.csv"
+    path.write_text(left, newline="")
+    BadSampleLog(path, {}, 0.5).record([BadSample("f", row, "a", "b") for row in (1, 2)])
+    assert path.read_text().splitlines() == ["file,row,sample_id,reason", "f,1,a,b", "f,2,a,b"]

@@ -1,9 +1,13 @@
 import io
+import os
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_edgeglass.images import FORMATS, to_rgb
 from training.images import UndecodableImageError, decode_image
 
 
@@ -116,3 +120,41 @@ def test_a_broken_picture_is_an_error(damage):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     with pytest.raises((OSError, ValueError, SyntaxError)):
         decode_image(damage(encode(Image.fromarray(noise), "PNG")))
+
+
+def numbered(mode: str) -> Image.Image:
+    """A picture of 13 x 29 pixels of many values, some of them transparent."""
+    image = Image.frombytes("RGBA", (13, 29), random.Random(mode).randbytes(13 * 29 * 4))
+    if mode in ("I;16", "I", "F"):
+        image = image.convert("L").convert("F").point(lambda value: value * 200 + 7).convert("I").convert(mode)
+        if mode != "F":
+            image.info["transparency"] = image.getpixel((0, 0))
+        return image
+    image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK", "1") else image.convert(mode)
+    if mode in ("P", "RGB", "L"):
+        image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L", "1", "CMYK", "I;16", "I", "F"])
+def test_strips_are_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch):
+    whole = to_rgb(numbered(mode))
+    monkeypatch.setattr("modeling_edgeglass.images._STRIP_PIXELS", 40)
+    assert to_rgb(numbered(mode)).tobytes() == whole.tobytes()
+
+
+def test_ghostscript_is_never_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = tmp_path / "started"
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {started}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(UndecodableImageError, match="in no format that is read"):
+        decode_image(eps)
+    assert not started.exists()
+
+
+def test_every_format_is_one_that_pillow_knows():
+    Image.init()
+    assert set(FORMATS) <= set(Image.OPEN)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetModel, T5Config, T5EncoderModel, TrainerCallback
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.runs import make_trainer
+from tests.towers import IMAGE_SIZE, tiny_tokenizer
 from training.checkpoints import newest_checkpoint
 from training.data import PixmoParquetImageTextDataset
-from training.errors import CheckpointError, SickTrainingError
+from training.errors import CheckpointError, DataError, SickTrainingError
 from training.identity import check_same_run
 from training.trainer import AlignmentTrainer
 
@@ -84,11 +86,19 @@ def what_is_left(trainer: AlignmentTrainer) -> dict[str, Any]:
     }
 
 
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def assert_equal_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
 def assert_equal_bits(left: dict[str, Any], right: dict[str, Any]) -> None:
     for tensors in ("weights", "moments"):
-        assert left[tensors].keys() == right[tensors].keys()
-        for name, value in left[tensors].items():
-            assert torch.equal(value, right[tensors][name]), name
+        assert_equal_tensors(left[tensors], right[tensors])
     for key in ("log", "best", "best_step"):
         assert left[key] == right[key], key
 
@@ -251,7 +261,8 @@ def poison(trainer: AlignmentTrainer, step: int) -> None:
     def forward(*args, **kwargs):
         output = original(*args, **kwargs)
         if kwargs.get("step") == step - 1:
-            output.loss = output.loss * float("nan")
+            for name in ("loss", "loss_clip", "loss_mrl"):
+                setattr(output, name, getattr(output, name) * float("nan"))
         return output
 
     trainer._model.alignment_loss.forward = forward
@@ -275,11 +286,10 @@ def test_a_nan_step_can_be_dropped_and_is_counted(run_config: Path):
     before: dict[str, torch.Tensor] = {}
 
     def remember() -> None:
-        before.update({name: value.clone() for name, value in trainer._model.trained_state_dict().items()})
+        before.update(copies(trainer._model.trained_state_dict()))
 
     def compare() -> None:
-        after = trainer._model.trained_state_dict()
-        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert_equal_tensors(before, trainer._model.trained_state_dict())
 
     trainer.add_callback(AtStep(6, remember))
     trainer.add_callback(AtStep(7, compare))
@@ -287,4 +297,168 @@ def test_a_nan_step_can_be_dropped_and_is_counted(run_config: Path):
     assert before
     assert trainer.skipped_steps == 1
     assert trainer.state.global_step == 15
-    assert all(entry["loss"] == entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [entry["step"] for entry in logged if "loss" not in entry] == [7]  # there is nothing to log
+    assert all(entry["loss"] == entry["loss"] for entry in logged if "loss" in entry)
+
+
+def test_a_dropped_step_leaves_running_statistics_alone(run_config: Path):
+    trained = [*TRAINED, *with_batch_norms(run_config), "optimization.on_nan=skip"]
+    trainer = make_trainer(run_config, *trained)
+    original = trainer._model.vision_encoder.forward
+
+    def forward(pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if trainer.state.global_step == 6 and torch.is_grad_enabled():
+            pixel_values = pixel_values * float("nan")
+        return original(pixel_values, **kwargs)
+
+    trainer._model.vision_encoder.forward = forward
+    before: dict[str, torch.Tensor] = {}
+    trainer.add_callback(AtStep(6, lambda: before.update(copies(trainer._trained_buffers()))))
+    trainer.add_callback(AtStep(7, lambda: assert_equal_tensors(before, trainer._trained_buffers())))
+    trainer.train()
+    assert any(name.endswith("running_mean") for name in before)
+    assert trainer.skipped_steps == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_config: Path):
+    trainer = make_trainer(run_config, *TRAINED, *EVERY_THIRD_STEP, "trainer.eval_strategy=no")
+    bias = trainer._model.vision_encoder.projection.bias
+    trainer.add_callback(AtStep(6, lambda: torch.nn.init.constant_(bias, float("inf"))))
+    with pytest.raises(
+        SickTrainingError, match=r"step 6: a trained weight is NaN .* checkpoint: .*/checkpoint-3; low"
+    ):
+        trainer.train()
+    assert newest_checkpoint(trainer.args.output_dir).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("setting", ["by epoch", "mid-epoch"])
+def test_an_evaluation_that_fails_costs_no_training(run_config: Path, setting: str):
+    overrides = SETTINGS[setting]
+    step = {"by epoch": 5, "mid-epoch": 6}[setting]
+    expected = uninterrupted(run_config, *overrides)
+    trainer = make_trainer(run_config, *TRAINED, *overrides)
+
+    def fail() -> None:
+        raise DataError("bad val set")
+
+    trainer.add_callback(AtStep(step, fail, in_evaluation=True))
+    with pytest.raises(DataError, match="bad val set"):
+        trainer.train()
+    assert newest_checkpoint(trainer.args.output_dir).name == f"checkpoint-{step}"
+    assert_equal_bits(what_is_left(go_on(run_config, *overrides)), expected)
+
+
+def test_a_diverged_model_is_not_saved_when_its_evaluation_fails(run_config: Path):
+    trainer = make_trainer(run_config, *TRAINED)
+    bias = trainer._model.vision_encoder.projection.bias
+    trainer.add_callback(AtStep(5, lambda: torch.nn.init.constant_(bias, float("nan"))))
+    with pytest.raises(SickTrainingError, match="step 5: embeddings are NaN or infinite"):
+        trainer.train()
+    assert newest_checkpoint(trainer.args.output_dir) is None
+
+
+def with_batch_norms(run_config: Path) -> list[str]:
+    """Overrides for a vision tower that has running statistics."""
+    folder = run_config.parent / "resnet"
+    torch.manual_seed(0)
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1], layer_type="basic")
+    ResNetModel(resnet).save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=size).save_pretrained(folder)
+    return [f"vision_encoder.model_name={folder}"]
+
+
+def with_tied_weights(run_config: Path) -> list[str]:
+    """Overrides for a text tower whose embedding has two names."""
+    folder = run_config.parent / "t5"
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    T5EncoderModel(t5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return [f"text_encoder.model_name={folder}"]
+
+
+@pytest.mark.parametrize("towers", [with_batch_norms, with_tied_weights])
+def test_towers_with_statistics_or_tied_weights_end_with_the_same_bits(run_config: Path, towers):
+    overrides = [*EVERY_THIRD_STEP, *towers(run_config)]
+    expected = uninterrupted(run_config, *overrides)
+    trainer = make_trainer(run_config, *TRAINED, *overrides)
+    trainer.add_callback(AtStep(8, kill))
+    train_until_killed(trainer)
+    assert_equal_bits(what_is_left(go_on(run_config, *overrides)), expected)
+
+
+def test_a_limit_of_one_keeps_what_a_terminated_run_goes_on_from(run_config: Path):
+    overrides = [*EVERY_THIRD_STEP, "trainer.save_total_limit=1"]
+    expected = uninterrupted(run_config, *overrides)
+    trainer = make_trainer(run_config, *TRAINED, *overrides)
+    trainer.add_callback(AtStep(7, terminate))
+    trainer.train()
+    assert newest_checkpoint(trainer.args.output_dir).name == "checkpoint-8"
+    assert_equal_bits(what_is_left(go_on(run_config, *overrides)), expected)
+    longer = make_trainer(run_config, *TRAINED, *overrides, "trainer.epochs=4")
+    assert newest_checkpoint(longer.args.output_dir).name == "checkpoint-15"  # not the best one alone
+
+
+END = {
+    "all epochs": [],
+    "max_steps": ["trainer.max_steps=7", *EVERY_THIRD_STEP],
+    "no saves": ["trainer.save_strategy=no"],
+    "early": ["optimization.early_stopping_patience=2", "trainer.epochs=12", "optimization.lr=0.3"],
+}
+
+
+class AfterLastStep(TrainerCallback):
+    """Sends SIGTERM when everything but the end of `train` is done."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        terminate()
+
+
+@pytest.mark.parametrize("end", END)
+def test_a_signal_behind_the_last_step_only_puts_the_end_off(run_config: Path, end: str, monkeypatch):
+    overrides = END[end]
+    expected = uninterrupted(run_config, *overrides)
+    trainer = make_trainer(run_config, *TRAINED, *overrides)
+    trainer.add_callback(AfterLastStep())
+    trainer.train()
+    assert trainer.preempted
+    assert trainer.evaluate_unless_preempted() == {}
+
+    def step(*args, **kwargs):
+        raise AssertionError("the run is at its end")
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", step)
+    resumed = go_on(run_config, *overrides)
+    assert not resumed.preempted
+    assert_equal_bits(what_is_left(resumed), expected)
+
+
+def test_a_signal_in_the_evaluation_behind_training_puts_it_off(run_config: Path):
+    trainer = make_trainer(run_config, *TRAINED)
+    with trainer._signals.listening():
+        trainer.train()
+        trainer.add_callback(AtStep(15, terminate, in_evaluation=True))
+        assert trainer.evaluate_unless_preempted() == {}
+    assert trainer.preempted
+
+
+def test_an_evaluation_made_up_for_can_be_cut_off_again(run_config: Path):
+    expected = uninterrupted(run_config, *EVERY_THIRD_STEP)
+    for _ in range(2):
+        trainer = make_trainer(run_config, *TRAINED, *EVERY_THIRD_STEP)
+        trainer.add_callback(AtStep(15, terminate, in_evaluation=True))
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.output_dir))
+        assert trainer.preempted
+        assert newest_checkpoint(trainer.args.output_dir).name == "checkpoint-15"
+    assert_equal_bits(what_is_left(go_on(run_config, *EVERY_THIRD_STEP)), expected)
+
+
+def test_the_best_models_step_is_told_where_it_was_loaded(run_config: Path):
+    best, last = make_trainer(run_config), make_trainer(run_config, "trainer.load_best_model_at_end=false")
+    for trainer in (best, last):
+        trainer.train()
+    assert best.loaded_best_step == best.state.best_global_step
+    assert last.loaded_best_step is None

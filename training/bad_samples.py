@@ -9,14 +9,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from training.errors import DataError
+from training.errors import DataError, clear_write_errors
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A row that cannot be used."""
+    """A row that cannot be used; `sample_id` and `reason` are `printable`."""
 
     file: str
     row: int
@@ -44,30 +44,31 @@ class BadSampleLog:
 
         Raises:
             DataError: More than `max_bad_fraction` of a file's rows are bad.
+            OutputError: The CSV file could not be written.
         """
         fresh = {(sample.file, sample.row): sample for sample in samples}
         if not fresh.keys() - self._known:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
-            self._known |= self._read()
-            new = [sample for key, sample in fresh.items() if key not in self._known]
-            is_empty = not self.path.exists()
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if is_empty:
-                    writer.writerow(field.name for field in fields(BadSample))
-                writer.writerows(astuple(sample) for sample in new)
+        with clear_write_errors(self.path):
+            new = self._append(fresh)
         for sample in new:
             logger.warning("%s: row %d (sample_id %s): %s", sample.file, sample.row, sample.sample_id, sample.reason)
         self._known |= fresh.keys()
         self._check_fractions()
 
-    def _read(self) -> set[tuple[str, int]]:
-        if not self.path.exists():
-            return set()
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return {(row["file"], int(row["row"])) for row in csv.DictReader(file)}
+    def _append(self, fresh: Mapping[tuple[str, int], BadSample]) -> list[BadSample]:
+        """Write those of `fresh` that no rank has written yet; returns them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"), self.path.open("a+", newline="", encoding="utf-8") as file:
+            drop_incomplete_line(self.path)
+            file.seek(0)
+            self._known |= {(row["file"], int(row["row"])) for row in csv.DictReader(file)}
+            new = [sample for key, sample in fresh.items() if key not in self._known]
+            writer = csv.writer(file)
+            if not self.path.stat().st_size:
+                writer.writerow(field.name for field in fields(BadSample))
+            writer.writerows(astuple(sample) for sample in new)
+        return new
 
     def _check_fractions(self) -> None:
         for file, count in Counter(file for file, _ in self._known).items():
@@ -77,3 +78,10 @@ class BadSampleLog:
                     f"{file}: {count} of {total} rows are bad, more than dataset.max_bad_fraction "
                     f"{self.max_bad_fraction:g}; {self.path} lists them"
                 )
+
+
+def drop_incomplete_line(path: Path) -> None:
+    """Cut off what a kill or a full disk left of a last line; the row is found and written again."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\r\n") + 2 if b"\r\n" in content else 0)

@@ -4,22 +4,23 @@ A checkpoint is a directory `checkpoint-STEP`. Its `manifest.json`, written last
 every other file and the identity of the run; a directory without a manifest that holds is not a checkpoint.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from training.errors import CheckpointError
+from training.errors import CheckpointError, OutputError, clear_write_errors, printable
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+WEIGHTS, STATE, PROGRESS = "trained_weights.safetensors", "trainer_state.json", "progress_{rank}.json"
+_REQUIRED = (WEIGHTS, STATE, PROGRESS.format(rank=0), "optimizer.pt", "scheduler.pt")
 _PREFIX, _ASIDE, _REPLACED = "checkpoint-", "unfinished-checkpoint-", "replaced-checkpoint-"
 
 
@@ -31,6 +32,7 @@ def checkpoint_path(output_dir: str | os.PathLike[str], step: int) -> Path:
 def begin_checkpoint(output_dir: str | os.PathLike[str], step: int) -> Path:
     """An empty directory aside to write a checkpoint into; what an earlier kill left there is removed."""
     output_dir = Path(output_dir)
+    _put_back_replaced(output_dir)
     for leftover in (*output_dir.glob(f"{_ASIDE}*"), *output_dir.glob(f"{_REPLACED}*")):
         shutil.rmtree(leftover)
     folder = aside_path(output_dir, step)
@@ -75,7 +77,8 @@ def publish_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path:
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint that is whole; which ones were passed over, and why, is logged as a warning."""
-    for path in _by_step(output_dir, newest_first=True):
+    _put_back_replaced(Path(output_dir))
+    for path in _by_step(output_dir):
         defect = find_defect(path)
         if defect is None:
             return path
@@ -88,18 +91,31 @@ def find_defect(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = [(str(name), int(file["size"]), file["blake2b"]) for name, file in manifest["files"].items()]
+        is_identified = isinstance(manifest["identity"], dict)
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        return f"its {MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"its {MANIFEST} is damaged"
+    if not is_identified:
+        return f"its {MANIFEST} is damaged"
+    for name in _REQUIRED:
+        if name not in manifest["files"]:
+            return f"its {MANIFEST} does not list {name}"
     for name, size, expected in files:
-        path = checkpoint / Path(name).name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if checksum(path) != expected:
-            return f"{name} is not what was written: its checksum differs"
+        if reason := _find_difference(checkpoint / Path(name).name, size, expected):
+            return f"{printable(name)} {reason}"
+    return None
+
+
+def _find_difference(path: Path, size: int, expected: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes instead of {size}"
+    if checksum(path) != expected:
+        return "is not what was written: its checksum differs"
     return None
 
 
@@ -109,17 +125,20 @@ def read_identity(checkpoint: Path) -> dict[str, Any]:
     return identity
 
 
-def remove_old_checkpoints(output_dir: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints and the best one; None keeps all.
+def remove_old_checkpoints(published: Path, limit: int | None, best: str | None) -> None:
+    """Keep the checkpoint that was just published, the best one, and the newest of the others; None keeps all.
 
-    To be called after a checkpoint was published: the newest is then whole, and is always kept. The best one
-    counts among the `limit`, except that the newest stays besides it when `limit` is 1.
+    Args:
+        published: It is whole, and the newest of the run: what has a higher number was passed over as damaged when
+            the run was resumed. That does not count, and is left for whoever wants to look at it.
+        limit: How many are kept, the best among them, except that the published one stays besides it when this is 1.
+        best: The best one, in whatever directory it was when it was written.
     """
     if limit is None or limit < 1:
         return
-    newest_first = list(_by_step(output_dir, newest_first=True))
-    keep = set(newest_first[:1])
-    keep |= {path for path in newest_first if best is not None and path.name == Path(best).name}
+    found = _by_step(published.parent)
+    newest_first = found[found.index(published) :]
+    keep = {published} | {path for path in newest_first if best is not None and path.name == Path(best).name}
     for path in newest_first:
         if len(keep) < limit:
             keep.add(path)
@@ -138,37 +157,33 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def clear_write_errors(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into one line, and remove what was written of the checkpoint.
+def removed_if_unwritten(folder: Path) -> Iterator[None]:
+    """Turn a failure to write a checkpoint into one line, and remove what was written of it.
 
     Raises:
         CheckpointError: In the place of an OSError, or of what torch and safetensors make of one.
     """
     try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if not _is_write_error(error):
-            raise
+        with clear_write_errors(folder.with_name(folder.name.removeprefix("unfinished-"))):
+            yield
+    except OutputError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{folder.name.removeprefix('unfinished-')} could not be written to {folder.parent} ({reason}; "
-            f"{free:.0f} MB free); earlier checkpoints are untouched: make room and start the same command again"
-        ) from error
+        raise CheckpointError(f"{error}; earlier checkpoints are untouched") from error
 
 
-def _is_write_error(error: Exception) -> bool:
-    """torch and safetensors wrap what the system says into exceptions of their own."""
-    words = ("file write failed", "os error", os.strerror(errno.ENOSPC).lower(), "inline_container")
-    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
+def _put_back_replaced(output_dir: Path) -> None:
+    """A kill between the two renames of `publish_checkpoint` leaves the old checkpoint under its other name."""
+    for replaced in output_dir.glob(f"{_REPLACED}*"):
+        final = replaced.with_name(_PREFIX + replaced.name.removeprefix(_REPLACED))
+        if not final.exists() and find_defect(replaced) is None:
+            with suppress(FileNotFoundError):  # another rank was faster
+                replaced.rename(final)
 
 
-def _by_step(output_dir: str | os.PathLike[str], *, newest_first: bool) -> list[Path]:
+def _by_step(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Directories that are named as checkpoints, the newest first."""
     found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=newest_first)
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
 
 
 def _sync(path: Path) -> None:

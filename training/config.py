@@ -6,19 +6,20 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from training.errors import ConfigError
+from training.errors import ConfigError, clear_write_errors
 
 # Of the trainer section, what a run's saved config should always tell.
 _TRAINER_DEFAULTS = {"epochs": 3, "resume": "auto", "seed": 42}
 
 # ${oc.env:TOKEN} and its like would read the environment of whoever runs a stranger's config, and save it.
-_RESOLVER = re.compile(r"\$\{[^}]*:")
+_RESOLVER = re.compile(r"\$\{(?![A-Za-z0-9_.]+\})[^}:]*:?")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class DatasetConfig:
     image_size: int | None = None  # pixels, side of the square input; None takes the vision backbone's own
     on_bad_sample: str = "replace"  # undecodable picture, empty caption: replace by another sample | raise
     max_bad_fraction: float = 0.05  # 0..1, share of a file's rows; more bad ones stop the run
-    max_image_pixels: int = 100_000_000  # width x height; larger pictures count as bad
+    max_image_pixels: int = 40_000_000  # width x height; larger pictures count as bad
     image_column: str | None = None  # None finds image_bytes, image or jpg
     caption_column: str | None = None  # None finds caption, text or txt
     sample_id_column: str | None = None  # None finds sample_id or key, else the row number
@@ -211,7 +212,8 @@ def check_value(config: AlignmentConfig, key: str, value: Any, rule: Rule) -> No
 
 def save_config(config: AlignmentConfig, path: str | os.PathLike[str]) -> None:
     """Write the resolved config as YAML that `load_config` reads back."""
-    OmegaConf.save(cast(Any, config), os.fspath(path), resolve=True)
+    with clear_write_errors(Path(path)):
+        OmegaConf.save(cast(Any, config), os.fspath(path), resolve=True)
 
 
 def _read_file(path: str | os.PathLike[str]) -> DictConfig:

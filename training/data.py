@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.bad_samples import BadSample
 from training.config import DatasetConfig
-from training.errors import DataError
+from training.errors import DataError, printable
 from training.images import UndecodableImageError, decode_image
 from training.parquet import ParquetPairs, ParquetPath
 from training.randomness import keyed_rng
@@ -67,7 +67,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         seed: int = 42,
         for_evaluation: bool = False,
         on_bad_sample: str = "replace",
-        max_image_pixels: int = 100_000_000,
+        max_image_pixels: int = 40_000_000,
         image_column: str | None = None,
         caption_column: str | None = None,
         sample_id_column: str | None = None,
@@ -128,14 +128,17 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
     def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
         row = self.pairs[index]
         file, number = self.pairs.where(index)
+        sample_id = printable(row.sample_id)
+        if row.defect:
+            return BadSample(file, number, sample_id, row.defect)
         if not row.image_bytes:
-            return BadSample(file, number, row.sample_id, "the picture is empty, or not embedded")
+            return BadSample(file, number, sample_id, "the picture is empty, or not embedded")
         if row.caption is None or not row.caption.strip():
-            return BadSample(file, number, row.sample_id, "the caption is empty")
+            return BadSample(file, number, sample_id, "the caption is empty")
         try:
             image = decode_image(row.image_bytes, self.max_image_pixels)
         except UndecodableImageError as error:
-            return BadSample(file, number, row.sample_id, f"no readable picture: {error}")
+            return BadSample(file, number, sample_id, f"no readable picture: {printable(str(error), 200)}")
         text = cut_words(row.caption, self.max_text_length)
         item = {
             "image": self.image_transforms(image, keyed_rng(self.seed, epoch, index, "image")),

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from training.errors import clear_write_errors
+
 ENVIRONMENT = "environment.json"
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "pillow", "numpy")
 
@@ -42,7 +44,9 @@ def describe_environment(started: datetime, num_processes: int) -> dict[str, Any
 
 def save_environment(environment: dict[str, Any], output_dir: str | os.PathLike[str]) -> None:
     """Write it to a run's output directory."""
-    (Path(output_dir) / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+    path = Path(output_dir) / ENVIRONMENT
+    with clear_write_errors(path):
+        path.write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def launch_command() -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _FREE_KEYS = {
     "dataset.train_parquet",
     "dataset.val_parquet",
     "dataset.test_parquet",
+    "dataset.max_bad_fraction",
     "trainer.epochs",
     "trainer.max_steps",
     "trainer.output_dir",
@@ -35,7 +37,7 @@ _FREE_KEYS = {
 }
 _FREE_PREFIXES = ("trainer.dataloader_", "trainer.hub_", "trainer.push_to_hub", "trainer.log_", "trainer.trackio_")
 
-_BLOCK, _BLOCKS_PER_FILE = 1 << 16, 16
+_HASHED_WHOLE, _BLOCK, _BLOCKS_PER_FILE = 1 << 30, 1 << 16, 16  # bytes, bytes, count
 
 
 def run_identity(
@@ -86,12 +88,18 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 
 def fingerprint(files: Sequence[str]) -> str:
-    """Hash of the sizes of files and of blocks all over them, the footer of a parquet among them."""
+    """Hash of files: of all they hold up to 1 GiB together, some seconds; of more, their sizes and sampled blocks.
+
+    Those are 16 of 64 KiB in each file, its footer among them, so that a change between them goes unseen.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = os.path.getsize(file)
+    sizes = [os.path.getsize(file) for file in files]
+    for file, size in zip(files, sizes, strict=True):
         digest.update(size.to_bytes(8, "big"))
         with open(file, "rb") as stream:
+            if sum(sizes) <= _HASHED_WHOLE:
+                digest.update(hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).digest())
+                continue
             for i in range(_BLOCKS_PER_FILE):
                 stream.seek(max(0, (size - _BLOCK) * i // (_BLOCKS_PER_FILE - 1)))
                 digest.update(stream.read(_BLOCK))

@@ -29,11 +29,12 @@ ParquetPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class Row:
-    """A pair as it is stored; what is null is None."""
+    """A pair as it is stored; what is null is None, and so is all of a row with a `defect`."""
 
     image_bytes: bytes | None
     caption: str | None
     sample_id: str
+    defect: str | None = None
 
 
 class ParquetPairs:
@@ -76,17 +77,23 @@ class ParquetPairs:
             )
         for file, schema in schemas.items():
             self._check_columns(file, schema)
-        self.table = self._load()
+            self._check_kinds(file, schema, first, schemas[first])
+        self.table = self._load(schemas[first])
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        stored = self.table[index]
+        try:
+            stored = self.table[index]
+        except UnicodeDecodeError:
+            return Row(None, None, str(index), "the caption or id is no UTF-8")
         image_bytes = stored[self._image]
         if isinstance(image_bytes, dict):
             image_bytes = image_bytes["bytes"]
         if isinstance(image_bytes, list):
+            if None in image_bytes:
+                return Row(None, None, str(index), "a byte of the picture is null")
             image_bytes = bytes(image_bytes)
         sample_id = index if self._sample_id is None else stored[self._sample_id]
         return Row(image_bytes, stored[self._caption], str(sample_id))
@@ -101,22 +108,38 @@ class ParquetPairs:
         for column in filter(None, (self._image, self._caption, self._sample_id)):
             if column not in schema.names:
                 raise DataError(f"{file}: no column {column!r}; it has {', '.join(schema.names)}")
+            if schema.names.count(column) > 1:
+                raise DataError(f"{file}: several columns are called {column!r}")
         if not _holds_bytes(schema.field(self._image).type):
             kind = schema.field(self._image).type
             raise DataError(f"{file}: column {self._image!r} holds {kind}, not the bytes of pictures")
         if not _holds_text(schema.field(self._caption).type):
             raise DataError(f"{file}: column {self._caption!r} holds {schema.field(self._caption).type}, not text")
 
-    def _load(self) -> datasets.Dataset:
+    def _check_kinds(self, file: str, schema: pyarrow.Schema, first: str, expected: pyarrow.Schema) -> None:
+        """Shards are one table: a column is of one kind in all of them."""
+        for column in filter(None, (self._image, self._caption, self._sample_id)):
+            kind, wanted = schema.field(column).type, expected.field(column).type
+            if _kind(kind) != _kind(wanted):
+                raise DataError(f"{file}: column {column!r} holds {kind}, where {first} has {wanted}")
+
+    def _load(self, schema: pyarrow.Schema) -> datasets.Dataset:
         columns = [column for column in (self._image, self._caption, self._sample_id) if column is not None]
+        # Of the schema, not of what the file's own metadata claims the features to be.
+        plain = pyarrow.schema(
+            [schema.field(column).remove_metadata() for column in schema.names if column in columns]
+        )
         try:
-            builder = _StreamedParquet(data_files={"train": self.files}, columns=columns, hash="streamed")
+            builder = _StreamedParquet(
+                data_files={"train": [glob.escape(file) for file in self.files]},
+                columns=columns,
+                features=datasets.Features.from_arrow_schema(plain),
+                hash="streamed",
+            )
             builder.download_and_prepare()
             table: Any = builder.as_dataset("train")
         except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
             raise _name_culprit(self.files, columns, error) from error
-        if isinstance(table.features[self._image], datasets.Image):
-            table = table.cast_column(self._image, datasets.Image(decode=False))
         return table
 
 
@@ -185,6 +208,19 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
     if types.is_list(kind) or types.is_large_list(kind):
         return types.is_uint8(kind.value_type)
     return any(is_kind(kind) for is_kind in (types.is_binary, types.is_large_binary, types.is_binary_view))
+
+
+def _kind(kind: pyarrow.DataType) -> str:
+    """What is the same for `datasets`, which casts between forms of text, of bytes and of integers."""
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if _holds_text(kind):
+        return "text"
+    if types.is_integer(kind):
+        return "integer"
+    if types.is_struct(kind):
+        return "struct"
+    return "bytes in a list" if types.is_nested(kind) else "bytes" if _holds_bytes(kind) else str(kind)
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:

@@ -2,10 +2,10 @@
 
 import json
 import logging
-import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,31 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from training.checkpoints import (
+    PROGRESS,
+    STATE,
+    WEIGHTS,
     aside_path,
     begin_checkpoint,
     checkpoint_path,
-    clear_write_errors,
     find_defect,
     newest_checkpoint,
     publish_checkpoint,
     remove_old_checkpoints,
+    removed_if_unwritten,
 )
 from training.data import EpochSampler
-from training.errors import SickTrainingError
+from training.errors import CheckpointError, DataError, SickTrainingError, UserError, told_by_each_rank
 from training.randomness import keyed_rng
-from training.signals import SignalListener
+from training.sick_steps import StepRecord, describe_sick_step
+from training.signals import SignalListener, heed_parent_alone
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS, PROGRESS = "trained_weights.safetensors", "progress_{rank}.json"
 
 
 class RecoverableTrainer(Trainer):
@@ -54,11 +55,17 @@ class RecoverableTrainer(Trainer):
     Args:
         identity: What must not change between the sessions of a run, as JSON can hold it.
         on_nan: `"stop"` or `"skip"`.
+        signals: Listens already, from the start of the program on; None listens while `train` runs.
         *args, **kwargs: Trainer's.
     """
 
     def __init__(
-        self, *args: Any, identity: Mapping[str, Any] | None = None, on_nan: str = "stop", **kwargs: Any
+        self,
+        *args: Any,
+        identity: Mapping[str, Any] | None = None,
+        on_nan: str = "stop",
+        signals: SignalListener | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if on_nan not in ("stop", "skip"):
@@ -66,10 +73,13 @@ class RecoverableTrainer(Trainer):
         self.identity = dict(identity or {})
         self.on_nan = on_nan
         self.args.logging_nan_inf_filter = on_nan == "skip"  # the log then passes over a dropped step
+        # Trainer's own rotation knows nothing of damaged checkpoints, and removes the newest with a limit of 1.
+        self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.preempted = False
+        self.loaded_best_step: int | None = None
         self.skipped_steps = 0
-        self._signals = SignalListener()
-        self._step = _StepRecord()
+        self._signals = signals or SignalListener()
+        self._step = StepRecord()
         self._due = _Due()
         self._resumed_from: Path | None = None
         # Behind DefaultFlowCallback, which decides what is due at a step, and before all others.
@@ -85,6 +95,9 @@ class RecoverableTrainer(Trainer):
         """Take the weights of a checkpoint."""
         raise NotImplementedError
 
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Look at a batch of an evaluation before it is used; a `UserError` ends the evaluation on all ranks."""
+
     def progress(self) -> dict[str, Any]:
         """What this rank keeps in memory between two logs, as numbers that JSON holds to the bit."""
         return {
@@ -92,6 +105,7 @@ class RecoverableTrainer(Trainer):
             "globalstep_last_logged": self._globalstep_last_logged,
             "skipped_steps": self.skipped_steps,
             "due": asdict(self._due),
+            "stopped_early_of": self.state.max_steps if self._stops_early() else None,
         }
 
     def load_progress(self, progress: Mapping[str, Any]) -> None:
@@ -111,14 +125,33 @@ class RecoverableTrainer(Trainer):
         path = None if self._resumed_from is None else str(self._resumed_from)
         taking_up = _TakingUpCallback(self)  # behind all others: they must have begun before anything is made up for
         self.add_callback(taking_up)
-        with self._signals.listening():
+        with self._signals.listening(), told_by_each_rank():
             try:
-                return super().train(path, trial, ignore_keys_for_eval)
-            except _EvaluationInterrupted:  # before the first step of this session: nothing is new
-                self.preempted = True
-                return TrainOutput(self.state.global_step, 0.0, {})
+                output = super().train(path, trial, ignore_keys_for_eval)
+            except EvaluationInterrupted:  # of `eval_on_start`
+                output = TrainOutput(self.state.global_step, 0.0, {})
             finally:
                 self.remove_callback(taking_up)
+            if not self.preempted and self._agree(self._signals.received)[0]:
+                self._stop_after_last_step()
+        return output
+
+    def evaluate_unless_preempted(self) -> dict[str, float]:
+        """`evaluate` after `train`; nothing where a signal stopped that one or stops this one."""
+        if self.preempted:
+            return {}
+        try:
+            return self.evaluate()
+        except EvaluationInterrupted:
+            self._stop_after_last_step()
+            return {}
+
+    def _stop_after_last_step(self) -> None:
+        """The run goes on from its last step, unless the best model already took the place of the last one."""
+        is_saved = checkpoint_path(str(self.args.output_dir), self.state.global_step).exists()
+        if self.loaded_best_step is None and self._agree(self.args.should_save and not is_saved)[0]:
+            self._save_checkpoint(self.model, trial=None)
+        self.preempted = True
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -126,7 +159,15 @@ class RecoverableTrainer(Trainer):
         self._sampler = EpochSampler(len(dataset), self.args.train_batch_size * self.args.world_size, seed)
         return self._sampler
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        prepared: Any = super()._get_dataloader(*args, **kwargs)
+        loader = prepared.base_dataloader  # accelerate's wrapper iterates over this one
+        loader.worker_init_fn = partial(heed_parent_alone, then=loader.worker_init_fn)
+        return prepared
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop:  # what was made up for, or the checkpoint, was the run's end
+            return
         # accelerate's set_epoch does not reach the sampler of several ranks behind the batches that resume skips.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
@@ -136,6 +177,8 @@ class RecoverableTrainer(Trainer):
         key = (self.state.global_step, len(self._step.losses), self.args.process_index, "batch")
         torch.manual_seed(keyed_rng(self.args.seed, *key).getrandbits(63))
         self._step.sample_ids += inputs.get("sample_ids", [])
+        if self.on_nan == "skip" and not self._step.losses:
+            self._step.buffers_before = {name: value.clone() for name, value in self._trained_buffers().items()}
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step.losses.append(loss)
         return loss
@@ -150,17 +193,18 @@ class RecoverableTrainer(Trainer):
         any_sick, any_signal = self._agree(sick, self._signals.received)
         self.preempted |= any_signal
         if any_sick:
-            self._treat_sick_step(sick)
-        self._step = _StepRecord()
+            self._treat_sick_step()
+        self._step = StepRecord()
 
-    def _treat_sick_step(self, on_this_rank: bool) -> None:
-        step = self.state.global_step + 1
-        what = self._step.describe() if on_this_rank else "the loss or gradient of another rank is not finite"
+    def _treat_sick_step(self) -> None:
+        step, what = self.state.global_step + 1, describe_sick_step(self._step, self.args.world_size)
         if self.on_nan == "skip":
             self.skipped_steps += 1
             logger.warning("step %d dropped, number %d: %s", step, self.skipped_steps, what)
             assert self.optimizer is not None
             self.optimizer.zero_grad(set_to_none=True)  # without gradients AdamW leaves weights and moments alone
+            for name, value in self._trained_buffers().items():  # a NaN would stay in a batch norm's statistics
+                value.copy_(self._step.buffers_before[name])
             return
         last = newest_checkpoint(str(self.args.output_dir))
         raise SickTrainingError(
@@ -176,37 +220,87 @@ class RecoverableTrainer(Trainer):
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in shared.tolist()]
 
-    def stop_evaluation_if_preempted(self) -> None:
-        """To be called for every batch of an evaluation, on every rank.
+    def _trained_buffers(self) -> dict[str, Tensor]:
+        """Running statistics of layers that train."""
+        assert self.model is not None
+        trained = self.trained_state_dict()
+        return {name: value for name, value in self.model.named_buffers() if name in trained}
+
+    # Evaluation.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, with rank 0's running statistics on every rank: those of its own batches differ.
 
         Raises:
-            _EvaluationInterrupted: Some rank has got a signal; the evaluation is due when the run goes on.
+            EvaluationInterrupted: Some rank got a signal.
         """
-        if self._agree(self._signals.received)[0]:
-            raise _EvaluationInterrupted
+        if self.args.world_size > 1:
+            for value in self._trained_buffers().values():
+                dist.broadcast(value, src=0)
+        with told_by_each_rank():
+            return super().evaluate(*args, **kwargs)
+
+    def agreed_batches(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches of an evaluation; the ranks stop together, for a signal or an error of one of them.
+
+        Raises:
+            EvaluationInterrupted: Some rank got a signal; the evaluation is due when the run goes on.
+            UserError: On every rank, where one of them met a batch that cannot be used.
+        """
+        remaining = iter(batches)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(remaining, None)
+                if batch is not None:
+                    self.check_batch(batch)
+            except UserError as raised:
+                error = raised
+            any_error, any_signal = self._agree(error is not None, self._signals.received)
+            if any_error:
+                raise error or DataError("the evaluation cannot go on without the rank that has an error")
+            if any_signal:
+                raise EvaluationInterrupted
+            if batch is None:
+                return
+            yield batch
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        should_save = self.control.should_save
+        due = _Due(evaluate=True, save=self.control.should_save, epoch_end=self._due.epoch_end)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        except _EvaluationInterrupted:
-            self._due = _Due(evaluate=True, save=should_save, epoch_end=self._due.epoch_end)
+        except EvaluationInterrupted:
+            self._due = due
             self.preempted = self.control.should_training_stop = True
             self._save_checkpoint(self.model, trial=None)
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError):  # an evaluation that fails does not cost the training since the last save
+            if self._weights_are_finite():
+                self._due = due
+                self._save_checkpoint(self.model, trial=None)
+            raise
         else:
-            self._due = _Due(epoch_end=self._due.epoch_end)
+            self._due = _Due(epoch_end=due.epoch_end)
 
     # Checkpoints.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save what a resumed run needs, aside first; every rank calls this."""
         output_dir, step = str(self.args.output_dir), self.state.global_step
+        if not self._weights_are_finite():
+            last = newest_checkpoint(output_dir)
+            raise SickTrainingError(
+                f"step {step}: a trained weight is NaN or infinite, and is not saved; "
+                f"last good checkpoint: {last or 'none'}; lower optimization.lr"
+            )
         folder = aside_path(output_dir, step)
         self.store_flos()
-        with clear_write_errors(folder):
+        with removed_if_unwritten(folder):
             if self.args.should_save:
                 begin_checkpoint(output_dir, step)
             self.accelerator.wait_for_everyone()
+            self._note_best_checkpoint()
             progress = folder / PROGRESS.format(rank=self.args.process_index)
             progress.write_text(json.dumps(self.progress()))
             self._save_optimizer_and_scheduler(str(folder))
@@ -216,21 +310,28 @@ class RecoverableTrainer(Trainer):
                 self._save_state(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish_checkpoint(folder, self.identity)
-                remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                published = publish_checkpoint(folder, self.identity)
+                remove_old_checkpoints(published, self._save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _save_state(self, folder: Path) -> None:
-        """Trainer's state, as its own `_save_checkpoint` writes it."""
+    def _weights_are_finite(self) -> bool:
+        sick = not all(bool(value.isfinite().all()) for value in self.trained_state_dict().values())
+        return not self._agree(sick)[0]
+
+    def _note_best_checkpoint(self) -> None:
+        """On every rank, because each of them loads the best model at the end."""
         best, step = self.state.best_global_step, self.state.global_step
         best_path = checkpoint_path(str(self.args.output_dir), best) if best else None
         if best_path is not None and (best == step or best_path.exists()):
             self.state.best_model_checkpoint = str(best_path)
+
+    def _save_state(self, folder: Path) -> None:
+        """Trainer's state, as its own `_save_checkpoint` writes it."""
         stateful: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 stateful[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(folder / STATE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_trained_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS))
@@ -246,6 +347,7 @@ class RecoverableTrainer(Trainer):
             logger.warning("the best model, %s, cannot be loaded (%s): the last one is kept", best, defect)
         else:
             self._load_from_checkpoint(str(best))
+            self.loaded_best_step = self.state.best_global_step
 
     # What callbacks ask for.
 
@@ -254,41 +356,31 @@ class RecoverableTrainer(Trainer):
         if self._resumed_from is None:
             return
         path = self._resumed_from / PROGRESS.format(rank=self.args.process_index)
-        self.load_progress(json.loads(path.read_text()))
-        due, self._due = self._due, _Due()
-        for is_due in (due.evaluate, due.epoch_end):
-            if not is_due:
-                continue
+        progress = json.loads(path.read_text())
+        self.load_progress(progress)
+        if (due := self._due).evaluate:
+            self._due = _Due(epoch_end=due.epoch_end)
             self.control._new_step()
-            if due.evaluate:
-                self.control.should_evaluate, self.control.should_save = True, due.save
-                due = replace(due, evaluate=False)
-            else:
-                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(
-                self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
-            )
+            self.control.should_evaluate, self.control.should_save = True, due.save
+            self._make_up()
+        if due.epoch_end:
+            self.control._new_step()
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._make_up()
+        # Trainer would take a step before it sees that the run is at its end.
+        if self._is_last_step() or progress["stopped_early_of"] == self.state.max_steps:
+            self.control.should_training_stop = True
 
+    def _make_up(self) -> None:
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
+        )
 
-@dataclass
-class _StepRecord:
-    """The batches of one optimizer step on this rank."""
+    def _is_last_step(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
-    losses: list[Tensor] = field(default_factory=list)
-    sample_ids: list[str] = field(default_factory=list)
-    grad_norm: Any = 0.0
-
-    def is_finite(self, *, check_gradient: bool) -> bool:
-        values = [float(loss) for loss in self.losses]
-        if check_gradient:  # with fp16 an infinite gradient is for the loss scaler to handle
-            values.append(float(self.grad_norm))
-        return all(map(math.isfinite, values))
-
-    def describe(self) -> str:
-        shown = ", ".join(self.sample_ids[:16])
-        more = f" and {len(self.sample_ids) - 16} more" if len(self.sample_ids) > 16 else ""
-        loss = ", ".join(f"{float(loss):g}" for loss in self.losses)
-        return f"the loss is {loss} and the gradient's norm {float(self.grad_norm):g} (samples {shown}{more})"
+    def _stops_early(self) -> bool:
+        return self.control.should_training_stop and not self.preempted and not self._is_last_step()
 
 
 @dataclass
@@ -300,7 +392,7 @@ class _Due:
     epoch_end: bool = False
 
 
-class _EvaluationInterrupted(Exception):  # noqa: N818 - no error
+class EvaluationInterrupted(Exception):  # noqa: N818 - no error
     """A signal came while the model was evaluated."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from training.checkpoints import newest_checkpoint
 from training.config import AlignmentConfig, load_config
-from training.errors import ConfigError
+from training.errors import ConfigError, clear_write_errors
 from training.identity import check_same_run
 
 CONFIG = "config.yaml"
@@ -63,15 +64,39 @@ def mark_preempted(output_dir: str | os.PathLike[str], step: int) -> None:
 
 
 def save_model(model: EdgeGlassModel, processor: EdgeGlassProcessor, output_dir: str | os.PathLike[str]) -> None:
-    """Write the model, its config and its processor to `output_dir`/model, for `from_pretrained`."""
-    model.save_pretrained(Path(output_dir) / MODEL_FOLDER)
-    processor.save_pretrained(Path(output_dir) / MODEL_FOLDER)
+    """Write the model, its config and its processor to `output_dir`/model, for `from_pretrained`; whole or not at all.
+
+    Raises:
+        OutputError: The disk is full, or the directory cannot be written.
+    """
+    folder = Path(output_dir) / MODEL_FOLDER
+    aside, replaced = (folder.with_name(f"{word}-{MODEL_FOLDER}") for word in ("unfinished", "replaced"))
+    for leftover in (aside, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with clear_write_errors(folder):
+            model.save_pretrained(aside)
+            processor.save_pretrained(aside)
+            if folder.exists():
+                folder.rename(replaced)
+            aside.rename(folder)
+    finally:
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_metrics(metrics: Mapping[str, float], path: str | os.PathLike[str]) -> None:
-    """Write metrics as JSON, whole or not at all."""
+    """Write metrics as JSON, whole or not at all.
+
+    Raises:
+        OutputError: The disk is full, or the directory cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(dict(metrics), indent=2) + "\n")
-    aside.replace(path)
+    with clear_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_text(json.dumps(dict(metrics), indent=2) + "\n")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

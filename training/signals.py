@@ -1,9 +1,11 @@
 """SIGTERM and SIGINT as a wish that is noted, not an end."""
 
 import logging
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -35,3 +37,27 @@ class SignalListener:
         self.received = True
         name = signal.Signals(number).name
         logger.warning("%s: a checkpoint will be saved after this step, then training stops; Ctrl-C stops now", name)
+
+
+def heed_parent_alone(worker_id: int, *, then: Callable[[int], object] | None) -> None:
+    """Start a loader's worker that takes SIGTERM from its parent alone, and no SIGINT.
+
+    A launcher or a terminal signals all processes at once, but the parent still wants the batches of its step. It is
+    also how the parent ends a worker that hangs (torch does so after five seconds); and without parent it ends itself.
+
+    Args:
+        worker_id: Number of the worker.
+        then: What else is to be done when a worker starts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere there is no way to tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _end_at_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -22,10 +22,11 @@ from modeling_edgeglass.captions import hash_captions
 from training.bad_samples import BadSampleLog
 from training.callbacks import AlignmentProgressCallback, HistoryCallback, LogLineCallback, VisualizationCallback
 from training.data import ImageTextCollator, PixmoParquetImageTextDataset
-from training.errors import DataError
+from training.errors import ConfigError, DataError, SickTrainingError
 from training.history import Row, history_rows
 from training.recovery import RecoverableTrainer
 from training.retrieval import EncodedPairs, retrieval_metrics
+from training.signals import SignalListener
 from training.tracking import name_as_we_do
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class AlignmentTrainer(RecoverableTrainer):
         eval_dataset: The same with match ids.
         early_stopping_patience: Evaluations without a better val loss before stopping; None never stops early.
         callbacks: Further callbacks.
-        identity: As in `RecoverableTrainer`; so is `on_nan`.
+        identity: As in `RecoverableTrainer`; so are `on_nan` and `signals`.
         max_bad_fraction: 0..1, share of a file's rows; more bad ones stop the run.
         visualize: Draw figures and the report into the output directory after every evaluation.
 
@@ -72,6 +73,7 @@ class AlignmentTrainer(RecoverableTrainer):
         on_nan: str = "stop",
         max_bad_fraction: float = 0.05,
         visualize: bool = True,
+        signals: SignalListener | None = None,
     ) -> None:
         if early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
@@ -85,7 +87,9 @@ class AlignmentTrainer(RecoverableTrainer):
             callbacks=list(callbacks),
             identity=identity,
             on_nan=on_nan,
+            signals=signals,
         )
+        check_metric_name(args.metric_for_best_model, model)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AlignmentProgressCallback)
         if self.pop_callback(PrinterCallback) is not None:
@@ -120,6 +124,10 @@ class AlignmentTrainer(RecoverableTrainer):
         """Take them up."""
         self._model.load_trained_state_dict(state)
 
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Write its bad rows down."""
+        self._bad_samples.record(batch["bad_samples"])
+
     def progress(self) -> dict[str, Any]:
         """As in `RecoverableTrainer`, with the sums of the parts of the loss."""
         return super().progress() | {"loss_parts": self._loss_parts.tolist()}
@@ -153,7 +161,10 @@ class AlignmentTrainer(RecoverableTrainer):
             return
         if "loss" in logs:
             clip, mrl, count = self.accelerator.reduce(self._loss_parts, reduction="sum").tolist()
-            logs |= {"loss_clip": clip / count, "loss_mrl": mrl / count}
+            if count:
+                logs |= {"loss_clip": clip / count, "loss_mrl": mrl / count}
+            else:  # every step since the last log was dropped, and Trainer says 0
+                del logs["loss"]
             self._loss_parts = torch.zeros_like(self._loss_parts)
         super().log(logs, start_time)
 
@@ -168,13 +179,18 @@ class AlignmentTrainer(RecoverableTrainer):
         """Encode the set once, then measure loss and retrieval; equal on every rank, for any number of ranks."""
         self._model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        columns = [self._encode(batch) for batch in dataloader]
+        columns = [self._encode(batch) for batch in self.agreed_batches(dataloader)]
         *whole, is_valid = map(torch.cat, zip(*columns, strict=True))
         image_embeds, text_embeds, token_hashes, *match_ids = [column[is_valid] for column in whole]
         num_bad = int((~is_valid).sum())
         if len(image_embeds) < 2:
             raise DataError(
                 f"of the {len(is_valid)} pairs to evaluate {num_bad} are bad: retrieval needs two good ones"
+            )
+        if not (image_embeds.isfinite().all() and text_embeds.isfinite().all()):
+            raise SickTrainingError(
+                f"step {self.state.global_step}: embeddings are NaN or infinite, so that nothing can be ranked: "
+                "training has diverged; lower optimization.lr"
             )
         warn_if_collapsed(image_embeds, text_embeds)
         metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
@@ -192,8 +208,6 @@ class AlignmentTrainer(RecoverableTrainer):
     @torch.no_grad()
     def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Embeddings and ids of a batch from every rank, without the samples that only fill the last one up."""
-        self.stop_evaluation_if_preempted()
-        self._bad_samples.record(cast(Any, batch["bad_samples"]))
         batch = self._prepare_inputs(batch)
         with self.accelerator.autocast():
             outputs = self._model(**{key: batch[key] for key in MODEL_INPUTS})
@@ -228,6 +242,14 @@ class AlignmentTrainer(RecoverableTrainer):
             sums += torch.stack([losses.loss, losses.loss_clip, losses.loss_mrl]).cpu() * len(images)
         loss, loss_clip, loss_mrl = (sums / len(image_embeds)).tolist()
         return {"loss": loss, "loss_clip": loss_clip, "loss_mrl": loss_mrl}
+
+
+def check_metric_name(name: str | None, model: EdgeGlassModel) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation will have; Trainer finds out after the first one."""
+    two = torch.eye(2, model.config.projection_dim)
+    known = {"loss", "loss_clip", "loss_mrl", *retrieval_metrics(two, two, model.config.mrl_dimensions)}
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ConfigError(f"trainer.metric_for_best_model: there is no {name!r}; there are {', '.join(sorted(known))}")
 
 
 def warn_if_collapsed(image_embeds: Tensor, text_embeds: Tensor) -> None:
