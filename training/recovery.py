@@ -11,25 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from training.checkpointing import CheckpointingTrainer
 from training.checkpoints import (
     PROGRESS,
-    STATE,
-    WEIGHTS,
-    aside_path,
-    begin_checkpoint,
     checkpoint_path,
-    find_defect,
     newest_checkpoint,
-    publish_checkpoint,
-    remove_old_checkpoints,
-    removed_if_unwritten,
 )
 from training.data import EpochSampler
 from training.errors import CheckpointError, DataError, SickTrainingError, UserError, told_by_each_rank
@@ -40,8 +31,8 @@ from training.signals import SignalListener, heed_parent_alone
 logger = logging.getLogger(__name__)
 
 
-class RecoverableTrainer(Trainer):
-    """Trainer with exact resume, checkpoints that are whole or not there, and an orderly end on SIGTERM.
+class RecoverableTrainer(CheckpointingTrainer):
+    """Trainer with exact resume, whole checkpoints, and an orderly end on SIGTERM.
 
     - Samples come in the order of `EpochSampler`, and the global generators are seeded anew for every batch from
       (seed, step, batch of the step, rank): dropout in a trained tower does not depend on what was drawn before.
@@ -50,19 +41,15 @@ class RecoverableTrainer(Trainer):
       is then true. A second SIGINT stops at once.
     - A loss or gradient that is NaN or infinite stops the run, or drops the step.
 
-    Subclasses say which weights a checkpoint holds.
-
     Args:
-        identity: What must not change between the sessions of a run, as JSON can hold it.
         on_nan: `"stop"` or `"skip"`.
         signals: Listens already, from the start of the program on; None listens while `train` runs.
-        *args, **kwargs: Trainer's.
+        *args, **kwargs: As for `CheckpointingTrainer`.
     """
 
     def __init__(
         self,
         *args: Any,
-        identity: Mapping[str, Any] | None = None,
         on_nan: str = "stop",
         signals: SignalListener | None = None,
         **kwargs: Any,
@@ -70,13 +57,9 @@ class RecoverableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan must be stop or skip, got {on_nan!r}")
-        self.identity = dict(identity or {})
         self.on_nan = on_nan
         self.args.logging_nan_inf_filter = on_nan == "skip"  # the log then passes over a dropped step
-        # Trainer's own rotation knows nothing of damaged checkpoints, and removes the newest with a limit of 1.
-        self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.preempted = False
-        self.loaded_best_step: int | None = None
         self.skipped_steps = 0
         self._signals = signals or SignalListener()
         self._step = StepRecord()
@@ -86,14 +69,6 @@ class RecoverableTrainer(Trainer):
         self.callback_handler.callbacks.insert(1, _RecoveryCallback(self))
 
     # What a subclass says.
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """Weights that a checkpoint holds."""
-        raise NotImplementedError
-
-    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a checkpoint."""
-        raise NotImplementedError
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Look at a batch of an evaluation before it is used; a `UserError` ends the evaluation on all ranks."""
@@ -212,14 +187,6 @@ class RecoverableTrainer(Trainer):
             "lower optimization.lr, or set optimization.on_nan=skip to drop such steps"
         )
 
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Each flag, true where it is on any rank."""
-        if self.args.world_size == 1:
-            return list(flags)
-        shared = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in shared.tolist()]
-
     def _trained_buffers(self) -> dict[str, Tensor]:
         """Running statistics of layers that train."""
         assert self.model is not None
@@ -283,71 +250,9 @@ class RecoverableTrainer(Trainer):
         else:
             self._due = _Due(epoch_end=due.epoch_end)
 
-    # Checkpoints.
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save what a resumed run needs, aside first; every rank calls this."""
-        output_dir, step = str(self.args.output_dir), self.state.global_step
-        if not self._weights_are_finite():
-            last = newest_checkpoint(output_dir)
-            raise SickTrainingError(
-                f"step {step}: a trained weight is NaN or infinite, and is not saved; "
-                f"last good checkpoint: {last or 'none'}; lower optimization.lr"
-            )
-        folder = aside_path(output_dir, step)
-        self.store_flos()
-        with removed_if_unwritten(folder):
-            if self.args.should_save:
-                begin_checkpoint(output_dir, step)
-            self.accelerator.wait_for_everyone()
-            self._note_best_checkpoint()
-            progress = folder / PROGRESS.format(rank=self.args.process_index)
-            progress.write_text(json.dumps(self.progress()))
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            if self.args.should_save:
-                save_file(self.trained_state_dict(), folder / WEIGHTS)
-                self._save_state(folder)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                published = publish_checkpoint(folder, self.identity)
-                remove_old_checkpoints(published, self._save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _weights_are_finite(self) -> bool:
-        sick = not all(bool(value.isfinite().all()) for value in self.trained_state_dict().values())
-        return not self._agree(sick)[0]
-
-    def _note_best_checkpoint(self) -> None:
-        """On every rank, because each of them loads the best model at the end."""
-        best, step = self.state.best_global_step, self.state.global_step
-        best_path = checkpoint_path(str(self.args.output_dir), best) if best else None
-        if best_path is not None and (best == step or best_path.exists()):
-            self.state.best_model_checkpoint = str(best_path)
-
-    def _save_state(self, folder: Path) -> None:
-        """Trainer's state, as its own `_save_checkpoint` writes it."""
-        stateful: Any = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                stateful[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / STATE))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.load_trained_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to load: `training_step` seeds every batch."""
-
     def _load_best_model(self) -> None:
-        if self.preempted:
-            return
-        best = Path(str(self.state.best_model_checkpoint))
-        if defect := find_defect(best):
-            logger.warning("the best model, %s, cannot be loaded (%s): the last one is kept", best, defect)
-        else:
-            self._load_from_checkpoint(str(best))
-            self.loaded_best_step = self.state.best_global_step
+        if not self.preempted:
+            super()._load_best_model()
 
     # What callbacks ask for.
 
