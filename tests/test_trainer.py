@@ -156,5 +156,5 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others(run_config: Path):
 def test_a_diverged_model_stops_with_a_clear_word(run_config: Path):
     trainer = make_trainer(run_config)
     torch.nn.init.constant_(trainer._model.vision_encoder.projection.bias, float("nan"))
-    with pytest.raises(SickTrainingError, match="step 0: embeddings are NaN or infinite"):
+    with pytest.raises(SickTrainingError, match=r"^embeddings are NaN or infinite.*\(step 0\)$"):
         trainer.evaluate()

@@ -188,8 +188,8 @@ class AlignmentTrainer(RecoverableTrainer):
             )
         if not (image_embeds.isfinite().all() and text_embeds.isfinite().all()):
             raise SickTrainingError(
-                f"step {self.state.global_step}: embeddings are NaN or infinite, so that nothing can be ranked: "
-                "training has diverged; lower optimization.lr"
+                "embeddings are NaN or infinite, so that nothing can be ranked: training has diverged "
+                f"(step {self.state.global_step})"
             )
         warn_if_collapsed(image_embeds, text_embeds)
         metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
