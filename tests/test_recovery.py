@@ -353,7 +353,7 @@ def test_a_diverged_model_is_not_saved_when_its_evaluation_fails(run_config: Pat
     trainer = make_trainer(run_config, *TRAINED)
     bias = trainer._model.vision_encoder.projection.bias
     trainer.add_callback(AtStep(5, lambda: torch.nn.init.constant_(bias, float("nan"))))
-    with pytest.raises(SickTrainingError, match="step 5: embeddings are NaN or infinite"):
+    with pytest.raises(SickTrainingError, match=r"^embeddings are NaN or infinite.*\(step 5\)$"):
         trainer.train()
     assert newest_checkpoint(trainer.args.output_dir) is None
 

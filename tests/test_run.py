@@ -307,7 +307,7 @@ def wait_for(condition, seconds: float = 100) -> None:
 def test_two_ranks_export_the_best_model_also_when_they_were_terminated(run_config: Path):
     folder = run_config.parent / "run"
     torchrun = (BIN / "torchrun", "--nproc_per_node", 2, "run_alignment.py", "--config", run_config)
-    command = (*torchrun, "trainer.epochs=25", "optimization.lr=0.1")
+    command = (*torchrun, "trainer.epochs=8", "optimization.lr=0.5")
     process = in_background(*command)
     wait_for(lambda: newest_checkpoint(folder) is not None)
     process.terminate()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.runs import make_trainer
-from training.errors import ConfigError, SickTrainingError
+from training.errors import SickTrainingError
 from training.retrieval import retrieval_metrics
 from training.trainer import AlignmentTrainer
 
@@ -156,11 +156,5 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others(run_config: Path):
 def test_a_diverged_model_stops_with_a_clear_word(run_config: Path):
     trainer = make_trainer(run_config)
     torch.nn.init.constant_(trainer._model.vision_encoder.projection.bias, float("nan"))
-    with pytest.raises(SickTrainingError, match="step 0: embeddings are NaN or infinite"):
+    with pytest.raises(SickTrainingError, match=r"^embeddings are NaN or infinite.*\(step 0\)$"):
         trainer.evaluate()
-
-
-def test_a_metric_that_no_evaluation_has_is_refused_at_once(run_config: Path):
-    with pytest.raises(ConfigError, match=r"metric_for_best_model: there is no 'foo'; there are i2t_map, .*, loss, "):
-        make_trainer(run_config, "trainer.metric_for_best_model=foo")
-    make_trainer(run_config, "trainer.metric_for_best_model=eval_t2i_r1@16")

@@ -22,7 +22,7 @@ from modeling_edgeglass.captions import hash_captions
 from training.bad_samples import BadSampleLog
 from training.callbacks import AlignmentProgressCallback, HistoryCallback, LogLineCallback, VisualizationCallback
 from training.data import ImageTextCollator, PixmoParquetImageTextDataset
-from training.errors import ConfigError, DataError, SickTrainingError
+from training.errors import DataError, SickTrainingError
 from training.history import Row, history_rows
 from training.recovery import RecoverableTrainer
 from training.retrieval import EncodedPairs, retrieval_metrics
@@ -89,7 +89,6 @@ class AlignmentTrainer(RecoverableTrainer):
             on_nan=on_nan,
             signals=signals,
         )
-        check_metric_name(args.metric_for_best_model, model)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(AlignmentProgressCallback)
         if self.pop_callback(PrinterCallback) is not None:
@@ -189,8 +188,8 @@ class AlignmentTrainer(RecoverableTrainer):
             )
         if not (image_embeds.isfinite().all() and text_embeds.isfinite().all()):
             raise SickTrainingError(
-                f"step {self.state.global_step}: embeddings are NaN or infinite, so that nothing can be ranked: "
-                "training has diverged; lower optimization.lr"
+                "embeddings are NaN or infinite, so that nothing can be ranked: training has diverged "
+                f"(step {self.state.global_step})"
             )
         warn_if_collapsed(image_embeds, text_embeds)
         metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
@@ -242,14 +241,6 @@ class AlignmentTrainer(RecoverableTrainer):
             sums += torch.stack([losses.loss, losses.loss_clip, losses.loss_mrl]).cpu() * len(images)
         loss, loss_clip, loss_mrl = (sums / len(image_embeds)).tolist()
         return {"loss": loss, "loss_clip": loss_clip, "loss_mrl": loss_mrl}
-
-
-def check_metric_name(name: str | None, model: EdgeGlassModel) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation will have; Trainer finds out after the first one."""
-    two = torch.eye(2, model.config.projection_dim)
-    known = {"loss", "loss_clip", "loss_mrl", *retrieval_metrics(two, two, model.config.mrl_dimensions)}
-    if name is not None and name.removeprefix("eval_") not in known:
-        raise ConfigError(f"trainer.metric_for_best_model: there is no {name!r}; there are {', '.join(sorted(known))}")
 
 
 def warn_if_collapsed(image_embeds: Tensor, text_embeds: Tensor) -> None:
