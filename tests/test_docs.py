@@ -33,5 +33,7 @@ def test_python_blocks_run(block: str, vision_dir: str, text_dir: str, tmp_path:
 
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_what_the_documents_link_to_exists(path: Path):
-    links = re.findall(r"\]\((?!http|#)([^)#]+)\)", path.read_text())
+    text = path.read_text()
+    links = re.findall(r"\]\((?!http|#)([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links
     assert all((path.parent / link).exists() for link in links)
