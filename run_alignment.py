@@ -113,11 +113,15 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
     if args.should_save:
         save_model(model, processor, output_dir)
         save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
-        write_report(output_dir, model.config.projection_dim)
         best, metric = trainer.loaded_best_step, str(args.metric_for_best_model).removeprefix("eval_")
         print(f"model of step {best}, the best val/{metric}" if best else "model of the last step")
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
         print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
+    if trainer.is_world_process_zero():
+        try:
+            write_report(output_dir, model.config.projection_dim)
+        except (UserError, OSError, ValueError) as error:
+            print(f"report.html could not be written: {error}")
     trainer.accelerator.end_training()
     return 0
 

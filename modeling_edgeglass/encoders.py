@@ -126,8 +126,9 @@ class VisionEncoder(_Encoder):
     def _grid(self, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:
         """Rows and columns that the last tokens of a picture (height, width) lie on; CLS and registers come first."""
         patch_size = self.backbone.config.to_dict().get("patch_size")
-        if isinstance(patch_size, int):
-            height, width = image_size[0] // patch_size, image_size[1] // patch_size
+        if patch_size is not None:
+            down, right = patch_size if isinstance(patch_size, list | tuple) else (patch_size, patch_size)
+            height, width = image_size[0] // down, image_size[1] // right
             if 0 <= num_tokens - height * width <= MAX_PREFIX_TOKENS:
                 return height, width
         side = math.isqrt(num_tokens)

@@ -8,7 +8,7 @@ from training.checkpoints import newest_checkpoint
 def test_the_bar_tells_loss_recall_and_speed_and_starts_where_the_run_stands(run_config: Path, capfd):
     make_trainer(run_config).train()
     shown = capfd.readouterr().err
-    assert re.search(r"10/10 \[.*loss=\d\.\d{3}, samples/s=\d+, R@1=\d+\.\d/\d+\.\d\]", shown)
+    assert re.search(r"10/10 \[.*loss=\d\.\d{3}, R@1=\d+\.\d/\d+\.\d, samples/s=\d+\]", shown)
     longer = make_trainer(run_config, "trainer.epochs=3")
     longer.train(resume_from_checkpoint=newest_checkpoint(longer.args.output_dir))
     shown = capfd.readouterr().err

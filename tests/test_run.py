@@ -178,6 +178,7 @@ def test_torchrun_starts_one_run_of_two_ranks(run_config: Path):
     done = start(*torchrun, "trainer.max_steps=2")
     assert done.stdout.count("dimension | i2t R@1") == 1  # rank 0 speaks
     folder = run_config.parent / "run"
+    assert {"report.html", "retrieval_gallery.png", "metrics.csv"} <= {path.name for path in folder.iterdir()}
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.0  # 20 pairs are two steps of two ranks with four pairs each, and a rest
     assert {path.name for path in (folder / "checkpoint-2").glob("progress*")} == {

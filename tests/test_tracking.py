@@ -15,7 +15,7 @@ from tests.runs import make_trainer
 from tests.test_run import METRICS, ROOT
 from tests.wandb_files import read_records
 from training.errors import ConfigError
-from training.tracking import run_id
+from training.tracking import AlignmentWandbCallback, run_id
 
 TRAIN = {f"train/{name}" for name in ("loss", "loss_clip", "loss_mrl", "lr", "step", "epoch")}
 VAL = METRICS | {"val/loss", "val/loss_clip", "val/loss_mrl"}
@@ -77,7 +77,7 @@ def check_wandb(folder: Path) -> None:
 
 def check_tensorboard(folder: Path) -> None:
     events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
-    assert set(events.Tags()["scalars"]) >= (TRAIN - {"train/step"}) | VAL
+    assert set(events.Tags()["scalars"]) >= TRAIN | VAL
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
 
 
@@ -104,3 +104,21 @@ def test_wandb_that_lets_nobody_in_is_one_line(run_config: Path, monkeypatch):
     trainer = make_trainer(run_config, "trainer.report_to=wandb")
     with pytest.raises(ConfigError, match=r"trainer.report_to: wandb: No API key configured\.; run `wandb login`"):
         trainer.train()
+
+
+def test_wandb_that_breaks_off_is_one_warning_and_training_goes_on(run_config: Path, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer = make_trainer(run_config, "trainer.report_to=wandb")
+    log = wandb.sdk.wandb_run.Run.log
+
+    def break_off(self: object, data: dict[str, object], *args: object, **kwargs: object) -> None:
+        if data.get("train/step", 0) >= 3:
+            raise ConnectionResetError("Connection lost")
+        log(self, data, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", break_off)
+    monkeypatch.setattr(AlignmentWandbCallback, "_send_evaluation", lambda *args: 1 / 0)
+    trainer.train()
+    wandb.finish()
+    assert trainer.state.global_step == 10
+    assert caplog.text.count("W&B gets no more of this session") == 1

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,8 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from tests.conftest import png
 from tests.runs import make_trainer
-from training.callbacks import VisualizationCallback
 from training.checkpoints import newest_checkpoint
 from training.errors import DataError
 from training.history import HistoryFiles, history_rows, read_history
@@ -31,7 +33,7 @@ from training.visualization import (
     save_sample,
 )
 from training.visualization import visualizer as visualizer_module
-from training.visualization.style import IMAGE, TEXT, running_mean, short
+from training.visualization.style import IMAGE, TEXT, running_mean, short, wrapped
 
 ROOT = Path(__file__).parents[1]
 FROM_HISTORY = {"training_curves.png", "loss_components.png", "lr_schedule.png"}
@@ -106,7 +108,7 @@ def test_matryoshka_performance_writes_the_kept_share_at_each_size(draw: Trainin
     assert axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "16"]
     assert [text.get_text() for text in axes.texts] == ["80 %", "100 %", "100 %", "100 %"]
-    one_evaluation = {"val/i2t_r1": 0.0, "val/t2i_r1": 0.0, "val/i2t_r1@8": 0.0, "val/t2i_r1@8": 0.0}
+    one_evaluation = {"eval_i2t_r1": 0.0, "eval_t2i_r1": 0.0, "eval_i2t_r1@8": 0.0, "eval_t2i_r1@8": 0.0}
     assert draw.plot_mrl_performance(one_evaluation, 16).axes[0].texts[0].get_text() == "none"  # of nothing no share
 
 
@@ -141,7 +143,8 @@ def test_pairs_are_joined_in_the_plane(draw: TrainingVisualizer, method: str, nu
 
 
 def test_the_space_of_a_collapsed_model_and_of_one_pair(draw: TrainingVisualizer):
-    draw.plot_embedding_space(torch.ones(5, 8), torch.ones(5, 8))
+    for method in ("pca", "tsne"):
+        draw.plot_embedding_space(torch.ones(5, 8), torch.ones(5, 8), method)
     with pytest.raises(ValueError, match="needs two pairs or more, got 1"):
         draw.plot_embedding_space(torch.ones(1, 8), torch.ones(1, 8))
     with pytest.raises(ValueError, match="method must be pca or tsne"):
@@ -160,6 +163,8 @@ def test_short_captions_are_one_line_and_no_formula():
     assert short("a\n\tb\x00\x1b c", 20) == "a b c"
     assert short("costs $5 or $6", 20) == r"costs \$5 or \$6"
     assert short("abcdef", 4) == "abc…"
+    assert wrapped("長" * 30, 8, 2) == "長" * 8 + "\n" + "長" * 7 + "…"
+    assert wrapped("$ab $cd", 4, 2) == "\\$ab\n\\$cd"
 
 
 def test_a_running_mean_passes_over_what_is_not_finite():
@@ -185,11 +190,12 @@ def test_a_sample_comes_back_as_it_was_saved_and_is_what_the_model_says(
     run_config: Path, tmp_path: Path, pooling: str
 ):
     trainer = make_trainer(run_config, f"vision_encoder.pooling_type={pooling}")
-    trainer.evaluate()
-    sample = sample_evaluation(trainer.encoded, trainer.eval_dataset, trainer.model, step=7, seed=1)
+    metrics = trainer.evaluate()
+    sample = sample_evaluation(trainer.encoded, metrics, trainer.model, step=7, seed=1)
     save_sample(sample, tmp_path)
     loaded = load_sample(tmp_path)
     assert loaded.step == 7
+    assert loaded.metrics["val/i2t_r1@16"] == metrics["eval_i2t_r1@16"]
     assert loaded.captions == sample.captions
     for name in ("image_embeds", "text_embeds", "pictures", "attended", "attention"):
         assert torch.equal(getattr(loaded, name), getattr(sample, name))
@@ -203,7 +209,7 @@ def test_a_sample_comes_back_as_it_was_saved_and_is_what_the_model_says(
     nearest = (trainer.encoded.text_embeds[query] @ trainer.encoded.image_embeds.T).argmax()
     assert loaded.picture_captions[loaded.text_to_image.found[0, 0]] == captions[nearest]
     torch.testing.assert_close(loaded.attention.sum(dim=(1, 2)) < 1, torch.ones(6, dtype=torch.bool))  # CLS has a part
-    assert (sample_evaluation(trainer.encoded, trainer.eval_dataset, trainer.model, step=7, seed=1).captions
+    assert (sample_evaluation(trainer.encoded, metrics, trainer.model, step=7, seed=1).captions
             == sample.captions)  # fmt: skip
 
 
@@ -254,13 +260,61 @@ def test_a_figure_that_fails_is_one_warning_and_training_goes_on(run_config: Pat
     assert "similarity_matrix.png" not in names
 
 
-def test_nothing_that_drawing_does_can_stop_training(run_config: Path, monkeypatch, caplog):
+def test_a_sample_that_fails_costs_its_figures_alone(run_config: Path, monkeypatch, caplog):
     monkeypatch.setattr("training.callbacks.sample_evaluation", lambda *args, **kwargs: 1 / 0)
     trainer = make_trainer(run_config, visualize=True)
-    assert any(isinstance(callback, VisualizationCallback) for callback in trainer.callback_handler.callbacks)
     trainer.train()
     assert trainer.state.global_step == 10
-    assert caplog.text.count("ZeroDivisionError") == 1
+    assert caplog.text.count("evaluation sample: ZeroDivisionError") == 1
+    names = {path.name for path in Path(trainer.args.output_dir).iterdir()}
+    assert names >= FROM_HISTORY | {"report.html"}
+    assert not names & (FROM_EVALUATION | {"evaluation_sample.safetensors"})
+
+
+def test_tokens_without_places_cost_the_attention_map_alone(run_config: Path, monkeypatch, caplog):
+    def fail(*args: object) -> None:
+        raise ValueError("the 17 tokens lie on no grid")
+
+    trainer = make_trainer(run_config, visualize=True)
+    monkeypatch.setattr(trainer.model.vision_encoder, "attention_map", fail)
+    trainer.evaluate()
+    sample = sample_evaluation(trainer.encoded, {}, trainer.model, step=0, seed=0)
+    assert len(sample.attention) == len(sample.attended) == 0
+    assert len(sample.pictures) > 0
+
+
+def test_pictures_as_thin_as_a_line_and_two_pairs_can_be_shown(run_config: Path):
+    rows = [{"image_bytes": png(Image.new("RGB", size, "red")), "caption": str(size)} for size in ((900, 1), (1, 900))]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), run_config.parent / "val.parquet")
+    trainer = make_trainer(run_config, "vision_encoder.use_attention_pooling=false")
+    metrics = trainer.evaluate()
+    sample = sample_evaluation(trainer.encoded, metrics, trainer.model, step=0, seed=0)
+    HistoryFiles(trainer.args.output_dir).write([])
+    save_sample(sample, trainer.args.output_dir)
+    assert draw_run(trainer.args.output_dir) == {}
+    names = {path.name for path in Path(trainer.args.output_dir).glob("*.png")}
+    assert names == FROM_EVALUATION - {"attention_map.png"}
+    thin = sample.pictures[sample.picture_captions.index("(900, 1)")]
+    assert (thin == torch.tensor([255, 0, 0])).all(dim=-1).sum() == 128  # one line of red
+
+
+def test_another_set_is_no_matter_of_the_run(run_config: Path):
+    trainer = make_trainer(run_config, visualize=True)
+    trainer.train()
+    before = load_sample(trainer.args.output_dir)
+    trainer.evaluate(make_trainer(run_config).eval_dataset, metric_key_prefix="test")
+    assert load_sample(trainer.args.output_dir).metrics == before.metrics
+
+
+def test_figures_after_the_end_are_of_the_model_that_was_saved(run_config: Path):
+    trainer = make_trainer(run_config, "trainer.eval_strategy=no", visualize=True)
+    trainer.train()
+    metrics = trainer.evaluate()
+    sample = load_sample(trainer.args.output_dir)
+    assert {name: sample.metrics[f"val/{name}"] for name in ("i2t_r1", "t2i_r1@32")} == {
+        name: metrics[f"eval_{name}"] for name in ("i2t_r1", "t2i_r1@32")
+    }
+    assert (Path(trainer.args.output_dir) / "mrl_performance.png").exists()
 
 
 def test_a_history_that_cannot_be_written_is_one_warning_and_is_whole_after_the_next_session(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from transformers import (
 from training.data import PixmoParquetImageTextDataset
 from training.history import HistoryFiles, history_rows, logged_names
 from training.retrieval import EncodedPairs
-from training.visualization import draw_run, sample_evaluation, save_sample
+from training.visualization import draw_run, remove_sample, sample_evaluation, save_sample
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +63,11 @@ class AlignmentProgressCallback(ProgressCallback):
         """Move on."""
         if state.is_world_process_zero:
             samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            steps_per_second = self.training_bar.format_dict["rate"]
-            if steps_per_second:
-                self._shown["samples/s"] = f"{steps_per_second * samples:.0f}"
-            self.training_bar.set_postfix(self._shown, refresh=False)
+            bar = self.training_bar.format_dict
+            done = state.global_step - bar["initial"]
+            steps_per_second = bar["rate"] or done / max(bar["elapsed"], 1e-9)  # a new bar has no rate yet
+            speed = {"samples/s": f"{steps_per_second * samples:.0f}"}
+            self.training_bar.set_postfix(self._shown | speed, refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(
@@ -147,16 +147,26 @@ class VisualizationCallback(TrainerCallback):
         self._has_warned = False
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Keep a sample of the evaluation, and draw."""
-        output_dir = Path(str(args.output_dir))
-        if not state.is_world_process_zero:
-            return
+        encoded: EncodedPairs | None = self._trainer.encoded
+        if not state.is_world_process_zero or encoded is None or encoded.dataset is not self._trainer.eval_dataset:
+            return  # another set is no matter of the run
+        output_dir, failed = str(args.output_dir), {}
         try:
-            failed = self._draw(output_dir, self._trainer.encoded, state.global_step)
+            self._keep_sample(encoded, metrics or {}, output_dir, state.global_step)
         except Exception as error:  # a run must not end because of a picture of it
-            failed = {"no figure": error}
+            failed["evaluation sample"] = error
+        try:
+            failed |= draw_run(output_dir)
+        except Exception as error:  # likewise
+            failed["no figure"] = error
         if failed and not self._has_warned:
             self._has_warned = True
             reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
@@ -164,9 +174,8 @@ class VisualizationCallback(TrainerCallback):
                 "not everything could be drawn (%s); training goes on, further failures are not told", reasons
             )
 
-    def _draw(self, output_dir: Path, encoded: EncodedPairs, step: int) -> dict[str, Exception]:
-        dataset = self._trainer.eval_dataset
-        if isinstance(dataset, PixmoParquetImageTextDataset):
+    def _keep_sample(self, encoded: EncodedPairs, metrics: dict[str, float], output_dir: str, step: int) -> None:
+        remove_sample(output_dir)  # an old one would look like this evaluation's
+        if isinstance(encoded.dataset, PixmoParquetImageTextDataset):
             seed = self._trainer.args.seed
-            save_sample(sample_evaluation(encoded, dataset, self._trainer.model, step=step, seed=seed), output_dir)
-        return draw_run(output_dir)
+            save_sample(sample_evaluation(encoded, metrics, self._trainer.model, step=step, seed=seed), output_dir)

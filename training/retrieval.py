@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ class EncodedPairs:
         text_embeds: Unit vectors (N, D); text i is the caption of image i.
         rows: Their places in the dataset (N,): bad rows are left out.
         match_ids: Integer columns (N,); rows with an equal id in any of them match each other.
+        dataset: The dataset.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
     rows: Tensor
     match_ids: Sequence[Tensor] = ()
+    dataset: Any = None
 
 
 def retrieval_metrics(

@@ -5,8 +5,10 @@ everything, and the integrations send it.
 """
 
 import copy
+import logging
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from training.history import STEP, logged_names
 from training.results import CONFIG
 from training.visualization import EvaluationSample, load_sample
 from training.visualization.report import FIGURES
+
+logger = logging.getLogger(__name__)
 
 RUN_ID = "run_id.txt"
 
@@ -61,7 +65,7 @@ class AlignmentTensorBoardCallback(TensorBoardCallback):
     ) -> None:
         """Send under our names."""
         if self.tb_writer is not None:
-            for name, value in logged_names(logs or {}).items():
+            for name, value in (logged_names(logs or {}) | {STEP: state.global_step}).items():
                 self.tb_writer.add_scalar(name, value, state.global_step)
             self.tb_writer.flush()
 
@@ -138,8 +142,7 @@ class AlignmentWandbCallback(WandbCallback):
         **kwargs: Any,
     ) -> None:
         """Send under our names."""
-        if state.is_world_process_zero and self._initialized:
-            self._wandb.log(logged_names(logs or {}) | {STEP: state.global_step})
+        self._send(state, lambda: self._wandb.log(logged_names(logs or {}) | {STEP: state.global_step}))
 
     def on_evaluate(
         self,
@@ -150,24 +153,33 @@ class AlignmentWandbCallback(WandbCallback):
         **kwargs: Any,
     ) -> None:
         """Send figures, recall over the size and the gallery; of the final evaluation also the numbers, as summary."""
-        if not state.is_world_process_zero or not self._initialized:
+        named = logged_names(metrics or {})
+        if "val/i2t_r1" in named:  # another set is no matter of the run
+            self._send(state, lambda: self._send_evaluation(Path(str(args.output_dir)), named, state.global_step))
+
+    def _send(self, state: TrainerState, send: Callable[[], None]) -> None:
+        if not (state.is_world_process_zero and self._initialized):
             return
-        output_dir = Path(str(args.output_dir))
+        try:
+            send()
+        except Exception as error:  # a lost connection, a full disk: training goes on without W&B
+            self._initialized = False
+            logger.warning("W&B gets no more of this session: %s: %s", type(error).__name__, error)
+
+    def _send_evaluation(self, output_dir: Path, named: dict[str, Any], step: int) -> None:
         shown = {
             f"plots/{name}": self._wandb.Image(str(path))
             for name in FIGURES
             if (path := output_dir / f"{name}.png").exists()
         }
-        named = logged_names(metrics or {})
         sample = load_sample(output_dir)
         if sample is not None:
-            shown |= {"val/recall_by_dimension": self._recall_line(named, sample.image_embeds.shape[1])}
-            shown |= {"val/gallery": self._gallery(sample)}
-        self._wandb.log(shown | {STEP: state.global_step})
+            shown["val/recall_by_dimension"] = self._recall_line(named, sample.image_embeds.shape[1])
+            shown["val/gallery"] = self._gallery(sample)
+        self._wandb.log(shown | {STEP: step})
         if self._is_trained:
-            self._wandb.run.summary.update(
-                {name.replace("val/", "best/"): value for name, value in named.items() if name.startswith("val/")}
-            )
+            best = {name.replace("val/", "best/"): value for name, value in named.items() if name.startswith("val/")}
+            self._wandb.run.summary.update(best)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, *rest: Any, **kwargs: Any) -> None:
         """What is evaluated from here on is the best model."""
@@ -177,8 +189,8 @@ class AlignmentWandbCallback(WandbCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell where the best model is."""
         super().on_save(args, state, control, **kwargs)
-        if state.is_world_process_zero and self._initialized and state.best_model_checkpoint:
-            self._wandb.run.summary["best_model"] = state.best_model_checkpoint
+        if best := state.best_model_checkpoint:
+            self._send(state, lambda: self._wandb.run.summary.update({"best_model": best}))
 
     def _recall_line(self, metrics: dict[str, Any], full_dimension: int) -> Any:
         prefix = "val/i2t_r1@"

@@ -56,7 +56,7 @@ class AlignmentTrainer(RecoverableTrainer):
         visualize: Draw figures and the report into the output directory after every evaluation.
 
     Attributes:
-        encoded: The pairs of the last evaluation, on the CPU; None before.
+        encoded: The pairs of the last evaluation, on the CPU of rank 0; None before, and on other ranks.
     """
 
     def __init__(
@@ -194,11 +194,12 @@ class AlignmentTrainer(RecoverableTrainer):
         warn_if_collapsed(image_embeds, text_embeds)
         metrics = self._mean_loss(image_embeds, text_embeds, token_hashes) | {"bad_rows": float(num_bad)}
         metrics |= retrieval_metrics(image_embeds, text_embeds, self._model.config.mrl_dimensions, match_ids)
-        self.encoded = EncodedPairs(
-            image_embeds.cpu(), text_embeds.cpu(), is_valid.nonzero().flatten().cpu(), [ids.cpu() for ids in match_ids]
-        )
+        on_cpu = image_embeds.cpu(), text_embeds.cpu()
+        if self.is_world_process_zero():
+            rows, ids = is_valid.nonzero().flatten().cpu(), [column.cpu() for column in match_ids]
+            self.encoded = EncodedPairs(*on_cpu, rows, ids, dataloader.dataset)
         return EvalLoopOutput(
-            predictions=cast(Any, (self.encoded.image_embeds.numpy(), self.encoded.text_embeds.numpy())),
+            predictions=cast(Any, tuple(embeds.numpy() for embeds in on_cpu)),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(image_embeds),

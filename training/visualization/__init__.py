@@ -3,7 +3,7 @@
 from training.visualization.draw import draw_run
 from training.visualization.gallery import Gallery, find_nearest
 from training.visualization.overview import caption_lengths, model_parts, pairs_grid
-from training.visualization.sample import EvaluationSample, load_sample, sample_evaluation, save_sample
+from training.visualization.sample import EvaluationSample, load_sample, remove_sample, sample_evaluation, save_sample
 from training.visualization.visualizer import TrainingVisualizer
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_sample",
     "model_parts",
     "pairs_grid",
+    "remove_sample",
     "sample_evaluation",
     "save_sample",
 ]

@@ -67,7 +67,7 @@ def lr_schedule(rows: Sequence[Row]) -> Figure:
     figure = new_figure(6, 4)
     axes = figure.subplots()
     draw_series(axes, steps, rates, "learning rate", IMAGE, is_noisy=False)
-    finish_axes(axes, "Learning rate: warm-up, then cosine", STEP_LABEL, "learning rate")
+    finish_axes(axes, "Learning rate", STEP_LABEL, "learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylim(bottom=0)
     finite = [(rate, -step) for step, rate in zip(steps, rates, strict=True) if math.isfinite(rate)]

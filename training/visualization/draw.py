@@ -36,7 +36,7 @@ def draw_run(output_dir: str | os.PathLike[str], method: str = "pca") -> dict[st
     if sample is not None:
         embeds = sample.image_embeds.float(), sample.text_embeds.float()
         figures |= {
-            "mrl_performance": lambda: draw.plot_mrl_performance(rows, sample.image_embeds.shape[1]),
+            "mrl_performance": lambda: draw.plot_mrl_performance(sample.metrics, sample.image_embeds.shape[1]),
             "embedding_space": lambda: draw.plot_embedding_space(*embeds, method=method),
             "similarity_matrix": lambda: draw.plot_similarity_matrix(*embeds, sample.captions),
             "retrieval_gallery": lambda: draw.plot_retrieval_gallery(

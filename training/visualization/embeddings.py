@@ -13,7 +13,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from training.visualization.gallery import Gallery
-from training.visualization.style import HEAT, IMAGE, NEUTRAL, TEXT, finish_axes, new_figure, short
+from training.visualization.style import HEAT, IMAGE, NEUTRAL, TEXT, finish_axes, new_figure, short, wrapped
 
 MAX_MATRIX = 64  # pairs of a similarity matrix
 
@@ -42,7 +42,9 @@ def embedding_space(image_embeds: Tensor, text_embeds: Tensor, method: str = "pc
         xlabel, ylabel = (f"component {i + 1} ({share:.0f} % of the variance)" for i, share in enumerate(shares))
     elif method == "tsne":
         perplexity = min(30.0, (2 * N - 1) / 3)  # scikit-learn wants fewer neighbours than points
-        plane = TSNE(perplexity=perplexity, init="pca" if N > 2 else "random", random_state=0).fit_transform(points)
+        # PCA divides by the spread, and t-SNE crashes on what comes of dividing by zero.
+        init = "pca" if N > 2 and np.ptp(points, axis=0).max() > 1e-6 else "random"
+        plane = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(points)
         xlabel, ylabel = f"t-SNE 1 (perplexity {perplexity:.0f}, no unit)", "t-SNE 2 (no unit)"
     else:
         raise ValueError(f"method must be pca or tsne, got {method!r}")
@@ -122,7 +124,7 @@ def retrieval_gallery(
     title_top(top, "Captions (random) and the pictures nearest to each; a match is framed")
     grid = top.subplots(rows, columns + 1, squeeze=False, width_ratios=[1.7, *[1] * columns])
     for axes, query, rank in zip(grid[:, 0], text_to_image.queries, text_to_image.ranks, strict=True):
-        write_lines(axes, [wrap(captions[query], 34, 5), f"match at rank {rank:.0f}"], [TEXT, NEUTRAL], [8.5, 7.5])
+        write_lines(axes, [wrapped(captions[query], 34, 5), f"match at rank {rank:.0f}"], [TEXT, NEUTRAL], [8.5, 7.5])
     for axes_row, found, hits in zip(grid[:, 1:], text_to_image.found, text_to_image.hits, strict=True):
         for axes, index, hit in zip(axes_row, found, hits, strict=True):
             show(axes, pictures[index], hit=bool(hit))
@@ -197,13 +199,3 @@ def write_lines(
             fontweight=weights[i] if i < len(weights) else "normal",
         )
         depth += (line.count("\n") + 1) * size * 1.25 + 5
-
-
-def wrap(caption: str, width: int, max_lines: int) -> str:
-    """A caption in at most `max_lines` lines of about `width` letters."""
-    lines = [""]
-    for word in short(caption, width * max_lines).split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()[: width + 6]
-    return "\n".join(lines[:max_lines])

@@ -1,6 +1,5 @@
 """Figures of what goes into a run: pairs, lengths of captions, and the parts of the model."""
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import nn
 
 from modeling_edgeglass import EdgeGlassModel
 from training.visualization.embeddings import show
-from training.visualization.style import IMAGE, NEUTRAL, TEXT, THIRD, finish_axes, new_figure, short
+from training.visualization.style import IMAGE, NEUTRAL, TEXT, THIRD, finish_axes, new_figure, wrapped
 
 
 def pairs_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 6) -> Figure:
@@ -31,7 +30,7 @@ def pairs_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns
     for axes, picture, caption in zip(grid, pictures, captions, strict=False):
         axes.set_axis_on()
         show(axes, np.asarray(picture))
-        axes.set_xlabel("\n".join(textwrap.wrap(short(caption, 66), 24)[:3]), fontsize=8)
+        axes.set_xlabel(wrapped(caption, 24, 3), fontsize=8)
     return figure
 
 

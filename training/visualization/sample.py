@@ -4,16 +4,17 @@ Drawn at random from the whole set, and kept as one file, so that figures can be
 """
 
 import json
+import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,8 +22,12 @@ from torch import Tensor
 from modeling_edgeglass import EdgeGlassModel
 from training.data import PixmoParquetImageTextDataset
 from training.errors import DataError
+from training.history import logged_names
 from training.retrieval import EncodedPairs
+from training.transforms import ImageTransform
 from training.visualization.gallery import Gallery, find_nearest
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_FILE = "evaluation_sample.safetensors"
 MAX_PAIRS = 256  # of the embedding space; a similarity matrix shows the first 64 of them
@@ -37,6 +42,7 @@ class EvaluationSample:
 
     Args:
         step: Optimizer step of the model.
+        metrics: What the whole evaluation measured, under the logged names.
         image_embeds: Unit vectors (M, D), M up to 256.
         text_embeds: Unit vectors (M, D).
         captions: Their M captions.
@@ -49,6 +55,7 @@ class EvaluationSample:
     """
 
     step: int
+    metrics: Mapping[str, float]
     image_embeds: Tensor
     text_embeds: Tensor
     captions: Sequence[str]
@@ -61,17 +68,18 @@ class EvaluationSample:
 
 
 def sample_evaluation(
-    encoded: EncodedPairs, dataset: PixmoParquetImageTextDataset, model: EdgeGlassModel, *, step: int, seed: int
+    encoded: EncodedPairs, metrics: Mapping[str, float], model: EdgeGlassModel, *, step: int, seed: int
 ) -> EvaluationSample:
     """Draw a sample of an evaluation; the same pairs for the same seed and set.
 
     Args:
-        encoded: The set as it was encoded.
-        dataset: Where its pictures and captions are; its transform makes what the model sees.
+        encoded: A `PixmoParquetImageTextDataset` as it was encoded.
+        metrics: What was measured.
         model: The model that encoded it, in eval mode.
         step: Its optimizer step.
         seed: Seed of the draw.
     """
+    dataset: PixmoParquetImageTextDataset = encoded.dataset
     pairs = random.Random(f"{seed}/evaluation sample").sample(range(len(encoded.rows)), len(encoded.rows))
     text_queries, image_queries = pairs[:NUM_TEXT_QUERIES], pairs[-NUM_IMAGE_QUERIES:]
     embeds = encoded.image_embeds, encoded.text_embeds
@@ -79,22 +87,35 @@ def sample_evaluation(
     image_to_text = find_nearest(torch.tensor(image_queries), embeds[0], embeds[1], encoded.match_ids)
     shown = sorted({*text_queries, *image_queries, *text_to_image.found.flatten().tolist(),
                     *image_to_text.found.flatten().tolist()})  # fmt: skip
-    pictures, captions = zip(*(dataset.pair(int(encoded.rows[pair])) for pair in shown), strict=True)
-    thumbnails = [ImageOps.pad(picture, (THUMBNAIL, THUMBNAIL), color="white") for picture in pictures]
+    thumbnails = [_thumbnail(dataset.pair(int(encoded.rows[pair]))[0]) for pair in shown]
+
+    def captions_of(pairs: Iterable[int]) -> list[str]:
+        return [(dataset.pairs[int(encoded.rows[pair])].caption or "")[:MAX_CAPTION] for pair in pairs]
+
     attended, attention = _attention(dataset, model, [int(encoded.rows[pair]) for pair in pairs[:NUM_ATTENTION]])
     drawn = torch.tensor(pairs[:MAX_PAIRS])
     return EvaluationSample(
         step=step,
+        metrics=logged_names(metrics),
         image_embeds=embeds[0][drawn].half(),
         text_embeds=embeds[1][drawn].half(),
-        captions=[(dataset.pairs[int(encoded.rows[pair])].caption or "")[:MAX_CAPTION] for pair in drawn.tolist()],
-        pictures=torch.from_numpy(np.stack([np.asarray(picture) for picture in thumbnails])),
-        picture_captions=[caption[:MAX_CAPTION] for caption in captions],
+        captions=captions_of(drawn.tolist()),
+        pictures=torch.from_numpy(np.stack(thumbnails)),
+        picture_captions=captions_of(shown),
         text_to_image=_among(shown, text_to_image),
         image_to_text=_among(shown, image_to_text),
         attended=attended,
         attention=attention,
     )
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    """A picture in the middle of a white square; also where it is as thin as a line."""
+    scale = THUMBNAIL / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    square.paste(picture.resize((width, height)), ((THUMBNAIL - width) // 2, (THUMBNAIL - height) // 2))
+    return np.asarray(square)
 
 
 def _among(shown: Sequence[int], gallery: Gallery) -> Gallery:
@@ -108,12 +129,17 @@ def _among(shown: Sequence[int], gallery: Gallery) -> Gallery:
 def _attention(
     dataset: PixmoParquetImageTextDataset, model: EdgeGlassModel, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Pictures as the model sees them (A, S, S, 3), and the pooling's weights; both empty where it is not learned."""
-    if model.vision_encoder.pooling is None:
-        return torch.zeros(0, 1, 1, 3, dtype=torch.uint8), torch.zeros(0, 1, 1)
+    """Pictures as the model sees them (A, S, S, 3), and the pooling's weights; both empty where there are none."""
+    none = torch.zeros(0, 1, 1, 3, dtype=torch.uint8), torch.zeros(0, 1, 1)
+    transform = dataset.image_transforms
+    if model.vision_encoder.pooling is None or not isinstance(transform, ImageTransform):
+        return none
     pixel_values = torch.stack([dataset[row]["image"] for row in rows])  # (A, 3, S, S)
-    weights = model.vision_encoder.attention_map(pixel_values.to(model.device)).float().cpu()
-    transform: Any = dataset.image_transforms
+    try:
+        weights = model.vision_encoder.attention_map(pixel_values.to(model.device)).float().cpu()
+    except ValueError as error:  # a tower whose tokens have no places
+        logger.info("no attention map: %s", error)
+        return none
     mean, std = (torch.tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
     pixels = ((pixel_values * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous(), weights
@@ -135,6 +161,11 @@ def save_sample(sample: EvaluationSample, output_dir: str | os.PathLike[str]) ->
     aside = path.with_name(path.name + ".tmp")
     save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in words.items()})
     aside.replace(path)
+
+
+def remove_sample(output_dir: str | os.PathLike[str]) -> None:
+    """Forget the sample of the evaluation before."""
+    (Path(output_dir) / SAMPLE_FILE).unlink(missing_ok=True)
 
 
 def load_sample(output_dir: str | os.PathLike[str]) -> EvaluationSample | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -64,14 +65,25 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def short(caption: str, length: int) -> str:
-    """A caption in one line of at most `length` characters, safe for matplotlib.
+    """A caption in one line of at most `length` characters, safe for matplotlib."""
+    return _escape(_cut(caption, length))
 
-    Control characters are dropped, and `$` would begin a formula.
-    """
+
+def wrapped(caption: str, width: int, max_lines: int) -> str:
+    """A caption in at most `max_lines` lines of at most `width` characters, safe for matplotlib."""
+    return _escape("\n".join(textwrap.wrap(_cut(caption, width * max_lines), width)[:max_lines]))
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", r"\$")  # it would begin a formula
+
+
+def _cut(caption: str, length: int) -> str:
+    """Without control characters and line breaks, and with an ellipsis where something is left out."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", caption).strip()
     if len(line) > length:
         line = line[: length - 1].rstrip() + "…"
-    return line.replace("$", r"\$")
+    return line
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from training.history import History, history_rows
+from training.history import History, history_rows, logged_names
 from training.visualization import curves, embeddings
 from training.visualization.gallery import Gallery
 from training.visualization.style import save_figure
@@ -51,7 +51,7 @@ class TrainingVisualizer:
             full_dimension: Numbers of the full embedding.
         """
         is_one_evaluation = isinstance(metrics, Mapping) and all(isinstance(v, int | float) for v in metrics.values())
-        rows: Sequence[Mapping[str, Any]] = [metrics] if is_one_evaluation else history_rows(metrics)  # type: ignore[arg-type, list-item]
+        rows: Sequence[Mapping[str, Any]] = [logged_names(metrics)] if is_one_evaluation else history_rows(metrics)  # type: ignore[arg-type]
         curves.require(rows, "val/i2t_r1")
         last = next(row for row in reversed(rows) if "val/i2t_r1" in row)
         return self._save("mrl_performance", curves.mrl_performance(last, full_dimension))
