@@ -20,7 +20,8 @@ test: .venv/installed
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --ignore=tests/test_run.py
+	$(BIN)/pytest tests/test_run.py # runs of several processes: they want the cores for themselves
 
 format: .venv/installed
 	$(BIN)/ruff format --config .ci/ruff.toml .
