@@ -76,7 +76,8 @@ class BadSampleLog:
             if total is not None and count > self.max_bad_fraction * total:
                 raise DataError(
                     f"{file}: {count} of {total} rows are bad, more than dataset.max_bad_fraction "
-                    f"{self.max_bad_fraction:g}; {self.path} lists them"
+                    f"{self.max_bad_fraction:g}; {self.path} lists them; that key allows more, "
+                    "in evaluation --max-bad-fraction does"
                 )
 
 
