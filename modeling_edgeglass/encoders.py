@@ -49,9 +49,16 @@ class _Encoder(nn.Module):
             self.backbone.eval().requires_grad_(False)
         return self
 
-    def embed(self, pooled: Tensor) -> Tensor:
-        """Project pooled features (B, hidden_size) to unit vectors (B, projection_dim), in float32."""
-        return truncate_embeds(self.projection(pooled), None)
+    def embed(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pool and project features (B, N, hidden_size) to unit vectors (B, projection_dim), in float32.
+
+        Args:
+            features: What `features` gives, in any precision.
+            attention_mask: 1 for a real token, 0 for padding (B, N); None takes all as real.
+        """
+        features = features.to(self.projection.weight.dtype)
+        pool = masked_mean if self.pooling is None else self.pooling
+        return truncate_embeds(self.projection(pool(features, attention_mask)), None)
 
     def _run_backbone(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D), and the backbone's own pooled output (B, D) where it has one."""
@@ -68,14 +75,12 @@ class _Encoder(nn.Module):
                 f"{name} returns tokens of shape {tuple(tokens.shape)}, where its config says that they are "
                 f"{self.hidden_size} wide; use {supported}"
             )
-        dtype = self.projection.weight.dtype
         pooler_output = outputs.get("pooler_output")
-        return tokens.to(dtype), None if pooler_output is None else pooler_output.flatten(1).to(dtype)
+        return tokens, None if pooler_output is None else pooler_output.flatten(1)
 
-    def _pool(self, tokens: Tensor, pooler_output: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
-        if self.pooling is not None:
-            return self.pooling(tokens, attention_mask)
-        return masked_mean(tokens, attention_mask) if pooler_output is None else pooler_output
+    def _to_be_pooled(self, tokens: Tensor, pooler_output: Tensor | None) -> Tensor:
+        """The tokens (B, N, D), or the backbone's own pooled output (B, 1, D) where that takes their place."""
+        return tokens if self.pooling is not None or pooler_output is None else pooler_output.unsqueeze(1)
 
 
 class VisionEncoder(_Encoder):
@@ -91,12 +96,26 @@ class VisionEncoder(_Encoder):
 
     modality = "vision"
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, projection_dim), in float32.
+    def forward(self, pixel_values: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Embed pictures as unit vectors (B, projection_dim), in float32.
 
         Learned positions are interpolated where S is not the size that the backbone was trained on.
+
+        Args:
+            pixel_values: The pictures (B, 3, S, S).
+            features: What `features` gave for them, in their place.
         """
-        return self.embed(self._pool(*self._look_at(pixel_values)))
+        if features is None:
+            assert pixel_values is not None
+            features = self.features(pixel_values)
+        return self.embed(features)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What is pooled of pictures (B, 3, S, S): the backbone's tokens (B, N, D), or its pooled output (B, 1, D).
+
+        A function of the picture alone where the backbone is frozen, so that it can be kept.
+        """
+        return self._to_be_pooled(*self._look_at(pixel_values))
 
     def _look_at(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens and pooled output of pictures of any size; DINOv2 and its kin interpolate without being asked."""
@@ -119,6 +138,7 @@ class VisionEncoder(_Encoder):
         if self.pooling is None:
             raise ValueError("use_attention_pooling is false: there are no learned weights to show")
         tokens, _ = self._look_at(pixel_values)
+        tokens = tokens.to(self.projection.weight.dtype)
         weights: Tensor = cast(Any, self.pooling).attention_weights(tokens)  # (B, N)
         height, width = self._grid(weights.shape[1], pixel_values.shape[2:])
         return weights[:, -height * width :].unflatten(1, (height, width))
@@ -150,16 +170,30 @@ class TextEncoder(_Encoder):
 
     modality = "text"
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embed token ids (B, L) as unit vectors (B, projection_dim), in float32.
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Embed captions as unit vectors (B, projection_dim), in float32.
 
         Args:
             input_ids: Token ids (B, L), padded left or right.
             attention_mask: 1 for a real token, 0 for padding (B, L); None takes all as real.
+            features: What `features` gave for them, in the place of `input_ids`; the mask is then theirs.
+        """
+        if features is None:
+            assert input_ids is not None
+            features, attention_mask = self.features(input_ids, attention_mask)
+        return self.embed(features, attention_mask)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is pooled of token ids (B, L): tokens (B, L, D) or the pooled output (B, 1, D); and the mask of that.
+
+        A function of the caption alone where the backbone is frozen, so that it can be kept.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         tokens, pooler_output = self._run_backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.backbone.config.model_type.startswith("siglip"):
             pooler_output = None  # it reads the last token even where that is padding
-        return self.embed(self._pool(tokens, pooler_output, attention_mask))
+        features = self._to_be_pooled(tokens, pooler_output)
+        return features, attention_mask if features is tokens else attention_mask.new_ones(features.shape[:2])

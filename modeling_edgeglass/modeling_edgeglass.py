@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import build_backbone, load_backbone
 from .captions import hash_captions
+from .chunking import run_in_chunks
 from .configuration_edgeglass import EdgeGlassConfig
 from .encoders import TextEncoder, VisionEncoder
 from .losses import AlignmentLoss
@@ -41,7 +42,8 @@ class EdgeGlassOutput(ModelOutput):
         loss: `contrastive_weight * loss_clip + mrl_weight * loss_mrl`; with `return_loss=True`, as the next two.
         loss_clip: Symmetric InfoNCE at the full size.
         loss_mrl: The same at the Matryoshka size of this step, or its mean over all sizes.
-        logits_per_image: Scaled cosines (images, texts) at the full size.
+        logits_per_image: Scaled cosines (images, texts) at the full size; None in train mode with a loss, which
+            needs no such matrix.
         logits_per_text: Their transpose.
         image_embeds: Unit vectors (B, projection_dim), float32.
         text_embeds: Unit vectors (B, projection_dim), float32.
@@ -257,11 +259,16 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_loss: bool = False,
         step: int | None = None,
+        *,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        caption_ids: Tensor | None = None,
+        tower_chunk_size: int | None = None,
     ) -> EdgeGlassOutput:
         """Embed pictures and captions, compare all with all, and score the pairs.
 
@@ -271,29 +278,29 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             attention_mask: 1 for a real token, 0 for padding (B, L).
             return_loss: Also return the loss of the pairs (picture i, caption i).
             step: Optimizer step, which decides the Matryoshka size; None counts the training calls instead.
+            image_features: What `vision_encoder.features` gave (B, N, D), in the place of `pixel_values`.
+            text_features: What `text_encoder.features` gave (B, L, D), in the place of `input_ids`;
+                `attention_mask` is then of these.
+            caption_ids: One integer per caption (B,), equal where the captions are; None takes hashes of `input_ids`.
+            tower_chunk_size: Samples that pass a tower at once; see `run_in_chunks`. None takes all.
 
         Raises:
-            ValueError: `return_loss` with a single pair.
+            ValueError: `return_loss` with a single pair; or an input is missing.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        image_embeds = self.vision_encoder(pixel_values)
-        text_embeds = self.text_encoder(input_ids, attention_mask)
+        if (pixel_values is None) == (image_features is None) or (input_ids is None) == (text_features is None):
+            raise ValueError("give pixel_values or image_features, and input_ids or text_features")
+        image_embeds = run_in_chunks(self.vision_encoder, tower_chunk_size, pixel_values, image_features)
+        text_embeds = run_in_chunks(self.text_encoder, tower_chunk_size, input_ids, attention_mask, text_features)
         logit_scale = self.capped_logit_scale()
-        logits_per_image = logit_scale * image_embeds @ text_embeds.T  # (images, texts)
-        output = EdgeGlassOutput(
-            logits_per_image=logits_per_image,
-            logits_per_text=logits_per_image.T,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-        )
+        output = EdgeGlassOutput(image_embeds=image_embeds, text_embeds=text_embeds)
+        if not (return_loss and self.training):
+            output.logits_per_image = logit_scale * image_embeds @ text_embeds.T  # (images, texts)
+            output.logits_per_text = output.logits_per_image.T
         if return_loss:
+            if caption_ids is None and input_ids is not None:
+                caption_ids = hash_captions(input_ids, attention_mask)
             losses = self.alignment_loss(
-                image_embeds,
-                text_embeds,
-                logit_scale=logit_scale,
-                caption_ids=hash_captions(input_ids, attention_mask),
-                step=step,
+                image_embeds, text_embeds, logit_scale=logit_scale, caption_ids=caption_ids, step=step
             )
             output.loss, output.loss_clip, output.loss_mrl = losses.loss, losses.loss_clip, losses.loss_mrl
         return output

@@ -1,0 +1,57 @@
+"""What all benchmarks share: ours and a peer in one run, alternating, and the result as one JSON line."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+REPEATS = 5  # of each side; medians are compared
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = REPEATS,
+    measure: Callable[[Callable[[], object]], float] = seconds,
+) -> dict[str, float]:
+    """Median of what `measure` says of each of `runs`, taken in turn, after one call of each to warm up.
+
+    What else the machine does then falls on all alike.
+    """
+    for run in runs.values():
+        run()
+    values: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            values[name].append(measure(run))
+    return {name: statistics.median(measured) for name, measured in values.items()}
+
+
+def report(
+    name: str, *, ours: float, peer: float, unit: str, peer_is: str, ratio: float, bound: str, **conditions: Any
+) -> None:
+    """Print a result as one JSON line, for people and for `benchmarks/run_all.py`.
+
+    Args:
+        name: Of the measurement, such as `loss/all sizes, B=256`.
+        ours: Median of ours.
+        peer: Median of the peer.
+        unit: Of both.
+        peer_is: What the peer is, in words.
+        ratio: Ours by peer, or peer by ours, as `bound` reads.
+        bound: What the ratio is to be, such as `<= 1.1` or `>= 2`.
+        **conditions: What else decides the numbers: sizes, data, threads.
+    """
+    sign, limit = bound.split()
+    holds = ratio <= float(limit) if sign == "<=" else ratio >= float(limit)
+    line = {"name": name, "ours": ours, "peer": peer, "unit": unit, "peer_is": peer_is, "ratio": ratio}
+    rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()}
+    print(json.dumps({**rounded, "bound": bound, "holds": holds, **conditions}), flush=True)
