@@ -55,6 +55,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
 
     from training.arguments import build_training_arguments
     from training.build import build_datasets, build_model, build_processor
+    from training.caching import CachingInterrupted, cache_features
     from training.cpu import prepare_cpu
     from training.environment import describe_environment, save_environment
     from training.history import logged_names
@@ -95,6 +96,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         identity=identity,
         on_nan=config.optimization.on_nan,
         max_bad_fraction=config.dataset.max_bad_fraction,
+        tower_chunk_size=config.optimization.tower_chunk_size,
         signals=signals,
     )
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
@@ -102,6 +104,12 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         clear_marks(output_dir)
         save_config(config, f"{output_dir}/{CONFIG}")
         save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
+    if config.dataset.cache == "disk":
+        try:
+            cache_features(config, trainer, processor, datasets, signals)
+        except CachingInterrupted:
+            print("stopped by a signal; the same command goes on from the features that are kept")
+            return PREEMPTED_STATUS
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = logged_names(trainer.evaluate_unless_preempted())
     if trainer.preempted:

@@ -6,8 +6,10 @@ import torch
 
 from training.arguments import build_training_arguments
 from training.build import build_datasets, build_model, build_processor
+from training.caching import cache_features
 from training.config import load_config
 from training.identity import run_identity
+from training.signals import SignalListener
 from training.trainer import AlignmentTrainer
 
 
@@ -18,7 +20,8 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
     model = build_model(config, args.seed)
     processor = build_processor(config, model)
     data = build_datasets(config, processor, args.seed)
-    return AlignmentTrainer(
+    signals = SignalListener()
+    trainer = AlignmentTrainer(
         model,
         args,
         processing_class=processor,
@@ -28,5 +31,9 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
         identity=run_identity(config, model, data, args.world_size),
         on_nan=config.optimization.on_nan,
         max_bad_fraction=config.dataset.max_bad_fraction,
+        tower_chunk_size=config.optimization.tower_chunk_size,
         visualize=visualize,
     )
+    if config.dataset.cache == "disk":
+        cache_features(config, trainer, processor, data, signals)
+    return trainer

@@ -18,7 +18,8 @@ from tests.conftest import picture, png, write_pairs
 from tests.runs import make_trainer
 from tests.towers import tiny_tokenizer
 from training.bad_samples import BadSample, BadSampleLog
-from training.data import ImageTextCollator, PixmoParquetImageTextDataset
+from training.batches import ImageTextCollator
+from training.data import PixmoParquetImageTextDataset
 from training.errors import DataError
 from training.images import UndecodableImageError, decode_image
 from training.transforms import get_image_transforms

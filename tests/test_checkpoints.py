@@ -17,7 +17,7 @@ from training.checkpoints import (
     remove_old_checkpoints,
 )
 from training.errors import CheckpointError, OutputError
-from training.identity import fingerprint
+from training.files import fingerprint
 from training.results import save_metrics, save_model
 from training.trainer import AlignmentTrainer
 
@@ -198,7 +198,7 @@ def test_any_change_of_a_file_changes_its_fingerprint(tmp_path: Path, monkeypatc
         file.seek(300_000)  # between the blocks that are sampled of larger files
         file.write(b"x")
     assert fingerprint([str(path)]) != before
-    monkeypatch.setattr("training.identity._HASHED_WHOLE", 0)
+    monkeypatch.setattr("training.files._HASHED_WHOLE", 0)
     sampled = fingerprint([str(path)])
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert fingerprint([str(path)]) != sampled

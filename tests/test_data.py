@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader
 from tests.conftest import picture, png, write_pairs
 from tests.towers import tiny_tokenizer
 from training.bad_samples import BadSample, BadSampleLog
+from training.batches import EpochSampler, ImageTextCollator
 from training.config import DatasetConfig
 from training.data import (
-    EpochSampler,
-    ImageTextCollator,
     PixmoParquetImageTextDataset,
     build_image_datasets_from_parquet,
     cut_words,
@@ -232,7 +231,8 @@ def test_a_batch_is_padded_to_its_longest_caption_and_cut_to_the_tokenizers_leng
         for text in ("ab", "", "abcdefghijklmn")
     ]
     batch = ImageTextCollator(tokenizer)(items)
-    assert sorted(batch) == ["attention_mask", "bad_samples", "input_ids", "pixel_values", "sample_ids"]
+    names = ["attention_mask", "bad_samples", "input_ids", "pixel_values", "sample_ids", "token_hashes"]
+    assert sorted(batch) == names
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, 2, 9]
     assert batch["pixel_values"].shape == (3, 3, 2, 2)
     assert ImageTextCollator(tokenizer)(items[:1])["input_ids"].shape == (1, 4)

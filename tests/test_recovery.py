@@ -307,10 +307,10 @@ def test_a_dropped_step_leaves_running_statistics_alone(run_config: Path):
     trainer = make_trainer(run_config, *trained)
     original = trainer._model.vision_encoder.forward
 
-    def forward(pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(pixel_values: torch.Tensor, *args: Any) -> torch.Tensor:
         if trainer.state.global_step == 6 and torch.is_grad_enabled():
             pixel_values = pixel_values * float("nan")
-        return original(pixel_values, **kwargs)
+        return original(pixel_values, *args)
 
     trainer._model.vision_encoder.forward = forward
     before: dict[str, torch.Tensor] = {}

@@ -21,9 +21,9 @@ from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from run_alignment import align, last_words
 from tests.conftest import write_pairs
 from tests.test_recovery import assert_equal_bits, assert_equal_tensors, with_batch_norms
+from training.batches import EpochSampler
 from training.checkpoints import newest_checkpoint
 from training.config import load_config
-from training.data import EpochSampler
 from training.errors import ConfigError, DataError
 from training.evaluate import evaluate
 from training.results import checkpoint_to_resume

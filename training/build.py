@@ -71,12 +71,16 @@ def build_processor(config: AlignmentConfig, model: EdgeGlassModel) -> EdgeGlass
 def build_datasets(
     config: AlignmentConfig, processor: EdgeGlassProcessor, seed: int
 ) -> dict[str, PixmoParquetImageTextDataset]:
-    """Train and val set of a config; the test set stays untouched until `training.evaluate`."""
+    """Train and val set of a config; the test set stays untouched until `training.evaluate`.
+
+    Where one view of a picture is kept for all epochs, training sees the pictures as evaluation does.
+    """
+    keeps_one_view = config.dataset.cache != "off" and config.vision_encoder.freeze and not config.dataset.cache_views
     return build_image_datasets_from_parquet(
         config.dataset,
         train_parquet_path=config.dataset.train_parquet,
         val_parquet_path=config.dataset.val_parquet,
-        train_transforms=image_transforms(processor, is_training=True),
+        train_transforms=image_transforms(processor, is_training=not keeps_one_view),
         val_transforms=image_transforms(processor, is_training=False),
         max_text_length=processor.tokenizer.model_max_length,
         text_dropout_prob=config.dataset.text_dropout_prob,

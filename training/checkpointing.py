@@ -64,6 +64,14 @@ class CheckpointingTrainer(Trainer):
         """What this rank keeps in memory, as numbers that JSON holds to the bit."""
         return {}
 
+    def agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true where it is on any rank."""
+        if self.args.world_size == 1:
+            return list(flags)
+        shared = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in shared.tolist()]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save what a resumed run needs, aside first; every rank calls this."""
         output_dir, step = str(self.args.output_dir), self.state.global_step
@@ -95,7 +103,7 @@ class CheckpointingTrainer(Trainer):
 
     def _weights_are_finite(self) -> bool:
         sick = not all(bool(value.isfinite().all()) for value in self.trained_state_dict().values())
-        return not self._agree(sick)[0]
+        return not self.agree(sick)[0]
 
     def _note_best_checkpoint(self) -> None:
         """On every rank, because each of them loads the best model at the end."""
@@ -125,11 +133,3 @@ class CheckpointingTrainer(Trainer):
         else:
             self._load_from_checkpoint(str(best))
             self.loaded_best_step = self.state.best_global_step
-
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Each flag, true where it is on any rank."""
-        if self.args.world_size == 1:
-            return list(flags)
-        shared = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in shared.tolist()]

@@ -4,7 +4,6 @@ A checkpoint is a directory `checkpoint-STEP`. Its `manifest.json`, written last
 every other file and the identity of the run; a directory without a manifest that holds is not a checkpoint.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CheckpointError, OutputError, clear_write_errors, printable
+from training.files import checksum, sync
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,19 @@ def publish_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path:
     """
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"size": path.stat().st_size, "blake2b": checksum(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"identity": dict(identity), "files": files}, indent=2) + "\n")
-    _sync(manifest)
-    _sync(folder)
+    sync(manifest)
+    sync(folder)
     step = folder.name.removeprefix(_ASIDE)
     final = folder.with_name(_PREFIX + step)
     replaced = folder.with_name(_REPLACED + step)
     if final.exists():
         final.rename(replaced)
     folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
@@ -147,15 +147,6 @@ def remove_old_checkpoints(published: Path, limit: int | None, best: str | None)
         shutil.rmtree(path)
 
 
-def checksum(path: Path) -> str:
-    """BLAKE2b of a file's content, as 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def removed_if_unwritten(folder: Path) -> Iterator[None]:
     """Turn a failure to write a checkpoint into one line, and remove what was written of it.
@@ -184,12 +175,3 @@ def _by_step(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Directories that are named as checkpoints, the newest first."""
     found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

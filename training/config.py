@@ -36,6 +36,10 @@ class DatasetConfig:
     on_bad_sample: str = "replace"  # undecodable picture, empty caption: replace by another sample | raise
     max_bad_fraction: float = 0.05  # 0..1, share of a file's rows; more bad ones stop the run
     max_image_pixels: int = 40_000_000  # width x height; larger pictures count as bad
+    cache: str = "off"  # disk: features of frozen towers are computed once and kept | off
+    cache_dir: str | None = None  # None: edgeglass/ in Hugging Face's cache directory, HF_HOME
+    cache_dtype: str = "float16"  # float16 | bfloat16 | int8, which has a scale per token
+    cache_views: int = 0  # random views of a picture that are kept, one drawn per epoch; 0: evaluation's own alone
     image_column: str | None = None  # None finds image_bytes, image or jpg
     caption_column: str | None = None  # None finds caption, text or txt
     sample_id_column: str | None = None  # None finds sample_id or key, else the row number
@@ -88,6 +92,7 @@ class OptimizationConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     warmup_ratio: float = 0.1  # 0..1, share of the steps
+    tower_chunk_size: int | None = None  # pairs that pass the towers at once; less memory, twice their time; None: all
     on_nan: str = "stop"  # a loss or gradient that is NaN or infinite: stop the run | skip the step
     early_stopping_patience: int | None = None  # evaluations without a lower val loss before stopping; None: never
 
@@ -145,6 +150,9 @@ _RULES = {
     "dataset.on_bad_sample": one_of("replace", "raise"),
     "dataset.max_bad_fraction": _SHARE,
     "dataset.max_image_pixels": at_least(1),
+    "dataset.cache": one_of("off", "disk"),
+    "dataset.cache_dtype": one_of("float16", "bfloat16", "int8"),  # DTYPES of training.feature_cache
+    "dataset.cache_views": at_least(0),
     "vision_encoder.projection_dim": at_least(1),
     "vision_encoder.pooling_type": POOLING,
     "text_encoder.projection_dim": at_least(1),
@@ -156,6 +164,7 @@ _RULES = {
     "optimization.betas": _BETAS,
     "optimization.max_grad_norm": at_least(0),
     "optimization.warmup_ratio": _BELOW_ONE,
+    "optimization.tower_chunk_size": _or_null(at_least(1)),
     "optimization.on_nan": one_of("stop", "skip"),
     "optimization.early_stopping_patience": _or_null(at_least(1)),
     "trainer.output_dir": ("a directory", lambda value: isinstance(value, str) and value.strip() != ""),
@@ -285,5 +294,7 @@ def _check(config: Any) -> None:
         if not 0 < dimension < vision.projection_dim:
             reason = f"must lie in 1..{vision.projection_dim - 1}, below projection_dim, got {dimension}"
             raise key_error(config, "vision_encoder.mrl_dimensions", reason)
+    if config.dataset.cache != "off" and not (vision.freeze or text.freeze):
+        raise key_error(config, "dataset.cache", "both towers train (freeze: false), so that nothing can be kept")
     if config.losses.contrastive == config.losses.mrl == 0:
         raise key_error(config, "losses.mrl", "both weights of the loss are 0, so that nothing is learned")

@@ -1,28 +1,31 @@
-"""Picture-caption pairs as samples and batches."""
+"""Picture-caption pairs as samples."""
 
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Dataset
 
 from training.bad_samples import BadSample
 from training.config import DatasetConfig
 from training.errors import DataError, printable
+from training.feature_cache import Entry, FeatureCache
 from training.images import UndecodableImageError, decode_image
-from training.parquet import ParquetPairs, ParquetPath
+from training.parquet import ParquetPairs, ParquetPath, Row
 from training.randomness import keyed_rng
 
 Transform = Callable[[Image.Image, random.Random], Tensor]
 
 _MAX_REPLACEMENTS = 100  # tries to find a good row in the place of a bad one
+
+
+class BadRowError(ValueError):
+    """A row cannot be used; the message says why."""
 
 
 class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
@@ -52,6 +55,13 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         image_column: Column of the picture; None finds it.
         caption_column: Column of the caption; None finds it.
         sample_id_column: Column of the id; None finds it.
+
+    Attributes:
+        image_cache: Features of the pictures, `views` of each one behind the other: items then have them, as
+            `image_features` (N, D), and no picture is decoded. None: there is none.
+        text_cache: Features of the captions and, behind them, of the empty one: items then have `text_features`
+            (L, D) and `token_hash`. None: there is none.
+        views: Views of a picture in the cache; one is drawn by (seed, epoch, index).
 
     Raises:
         DataError: A file or a column is missing or of a wrong kind, or there are no rows.
@@ -85,6 +95,9 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         self.for_evaluation = for_evaluation
         self.on_bad_sample = on_bad_sample
         self.max_image_pixels = max_image_pixels
+        self.image_cache: FeatureCache | None = None
+        self.text_cache: FeatureCache | None = None
+        self.views = 1
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -94,7 +107,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
 
         Returns:
             `image` float32 (3, S, S), `text`, `sample_id`, and `bad_samples`, the bad rows that were met; for
-            evaluation also `image_id`, `caption_id` and `is_valid`.
+            evaluation also `image_id`, `caption_id` and `is_valid`. With a cache, what is in it.
 
         Raises:
             DataError: The row is bad and is to raise, or no good one was found in its place.
@@ -125,43 +138,87 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         row = self.pairs[index]
         return decode_image(row.image_bytes or b"", self.max_image_pixels), row.caption or ""
 
-    def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
-        row = self.pairs[index]
-        file, number = self.pairs.where(index)
-        sample_id = printable(row.sample_id)
+    def caption(self, row: Row) -> str:
+        """The caption of a row, cut to the longest that is read.
+
+        Raises:
+            BadRowError: It is empty, or the row cannot be read.
+        """
         if row.defect:
-            return BadSample(file, number, sample_id, row.defect)
-        if not row.image_bytes:
-            return BadSample(file, number, sample_id, "the picture is empty, or not embedded")
+            raise BadRowError(row.defect)
         if row.caption is None or not row.caption.strip():
-            return BadSample(file, number, sample_id, "the caption is empty")
+            raise BadRowError("the caption is empty")
+        return cut_words(row.caption, self.max_text_length)
+
+    def pixels(self, row: Row, rng: random.Random) -> Tensor:
+        """The picture of a row, transformed (3, S, S).
+
+        Raises:
+            BadRowError: It cannot be decoded, or the row cannot be read.
+        """
+        if row.defect:
+            raise BadRowError(row.defect)
+        if not row.image_bytes:
+            raise BadRowError("the picture is empty, or not embedded")
         try:
             image = decode_image(row.image_bytes, self.max_image_pixels)
         except UndecodableImageError as error:
-            return BadSample(file, number, sample_id, f"no readable picture: {printable(str(error), 200)}")
-        text = cut_words(row.caption, self.max_text_length)
-        item = {
-            "image": self.image_transforms(image, keyed_rng(self.seed, epoch, index, "image")),
-            "text": drop_caption(text, self.text_dropout_prob, keyed_rng(self.seed, epoch, index, "text_dropout")),
-            "sample_id": row.sample_id,
-        }
-        if self.for_evaluation:
-            ids = {"image_id": content_hash(row.image_bytes), "caption_id": content_hash(row.caption.encode())}
-            item |= {**ids, "is_valid": True}
-        return item
+            raise BadRowError(f"no readable picture: {printable(str(error), 200)}") from error
+        return self.image_transforms(image, rng)
+
+    def blank_pixels(self) -> Tensor:
+        """A white picture, transformed (3, S, S)."""
+        return self.image_transforms(Image.new("RGB", (64, 64), "white"), random.Random(0))
+
+    def view_rng(self, view: int, index: int) -> random.Random:
+        """Draws of a random view: that of an epoch, or of a number in the cache."""
+        return keyed_rng(self.seed, view, index, "image")
+
+    def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
+        row = self.pairs[index] if self.image_cache is None else self.pairs.without_image(index)
+        try:
+            texts, images = self._text(epoch, index, row), self._image(epoch, index, row)
+        except BadRowError as error:
+            return BadSample(*self.pairs.where(index), printable(row.sample_id), str(error))
+        item = images | texts | {"sample_id": row.sample_id}
+        return item | {"is_valid": True} if self.for_evaluation else item
+
+    def _image(self, epoch: int, index: int, row: Row) -> dict[str, Any]:
+        if self.image_cache is None:
+            item: dict[str, Any] = {"image": self.pixels(row, self.view_rng(epoch, index))}
+            return item | {"image_id": content_hash(row.image_bytes or b"")} if self.for_evaluation else item
+        view = keyed_rng(self.seed, epoch, index, "view").randrange(self.views)
+        kept = _good(self.image_cache[index * self.views + view])
+        item = {"image_features": kept.features}
+        return item | {"image_id": kept.content_id} if self.for_evaluation else item
+
+    def _text(self, epoch: int, index: int, row: Row) -> dict[str, Any]:
+        rng = keyed_rng(self.seed, epoch, index, "text_dropout")
+        if self.text_cache is None:
+            item: dict[str, Any] = {"text": drop_caption(self.caption(row), self.text_dropout_prob, rng)}
+            return item | {"caption_id": content_hash((row.caption or "").encode())} if self.for_evaluation else item
+        own = _good(self.text_cache[index])
+        kept = self.text_cache[len(self)] if is_dropped(self.text_dropout_prob, rng) else own
+        item = {"text_features": kept.features, "token_hash": kept.token_hash}
+        return item | {"caption_id": own.content_id} if self.for_evaluation else item
 
     def _placeholder(self, bad: BadSample) -> dict[str, Any]:
         """Something of the right shape, so that batches stay whole; evaluation drops it."""
-        white = Image.new("RGB", (64, 64), "white")
-        return {
-            "image": self.image_transforms(white, random.Random(0)),
-            "text": "",
-            "sample_id": bad.sample_id,
-            "image_id": 0,
-            "caption_id": 0,
-            "is_valid": False,
-            "bad_samples": [bad],
-        }
+        item: dict[str, Any] = {"sample_id": bad.sample_id, "is_valid": False, "bad_samples": [bad]}
+        item |= {"image_id": 0, "caption_id": 0}
+        if self.image_cache is None:
+            item["image"] = self.blank_pixels()
+        else:
+            item["image_features"] = self.image_cache.blank()
+        if self.text_cache is None:
+            return item | {"text": ""}
+        return item | {"text_features": self.text_cache.blank(), "token_hash": 0}
+
+
+def _good(entry: Entry) -> Entry:
+    if entry.defect is not None:
+        raise BadRowError(entry.defect)
+    return entry
 
 
 def build_image_datasets_from_parquet(
@@ -219,75 +276,14 @@ def build_image_datasets_from_parquet(
     return built
 
 
-class ImageTextCollator:
-    """Items of a dataset as a batch: pictures stacked, captions tokenised together and padded to the longest.
-
-    Args:
-        tokenizer: Its `model_max_length` is the longest caption in tokens.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch `items`.
-
-        Returns:
-            `pixel_values` (B, 3, S, S), `input_ids` and `attention_mask` (B, L), and the lists `sample_ids` and
-            `bad_samples`; for evaluation also `image_ids`, `caption_ids` and `is_valid` (B,).
-        """
-        texts = self.tokenizer(
-            [item["text"] for item in items],
-            padding=True,
-            truncation=True,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        batch: dict[str, Any] = {"pixel_values": torch.stack([item["image"] for item in items]), **texts}
-        batch["sample_ids"] = [item["sample_id"] for item in items]
-        batch["bad_samples"] = [bad for item in items for bad in item["bad_samples"]]
-        if "is_valid" in items[0]:
-            batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
-            batch["caption_ids"] = torch.tensor([item["caption_id"] for item in items])
-            batch["is_valid"] = torch.tensor([item["is_valid"] for item in items])
-        return batch
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """A new order of the samples every epoch, in whole batches, as indices that carry their epoch.
-
-    A short last batch has fewer negatives than all others, and one of a single pair has none: what does not
-    fill a batch is left out of the epoch, other samples each time. A set smaller than one batch is taken whole.
-
-    Args:
-        num_samples: Size of the dataset.
-        total_batch_size: Samples of a batch over all ranks.
-        seed: The order is a function of (seed, epoch).
-    """
-
-    def __init__(self, num_samples: int, total_batch_size: int, seed: int) -> None:
-        self.num_samples = num_samples
-        self.total_batch_size = total_batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Trainer does so."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        left_out = self.num_samples % self.total_batch_size
-        return self.num_samples if left_out == self.num_samples else self.num_samples - left_out
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(keyed_rng(self.seed, self.epoch, "order").getrandbits(63))
-        for index in torch.randperm(self.num_samples, generator=generator)[: len(self)].tolist():
-            yield self.epoch, index
-
-
 def drop_caption(caption: str, probability: float, rng: random.Random) -> str:
     """The caption, or with `probability` (0..1) the empty one."""
-    return "" if rng.random() < probability else caption
+    return "" if is_dropped(probability, rng) else caption
+
+
+def is_dropped(probability: float, rng: random.Random) -> bool:
+    """True with `probability` (0..1)."""
+    return rng.random() < probability
 
 
 def cut_words(caption: str, max_words: int) -> str:

@@ -1,9 +1,7 @@
 """What must stay the same when a run is resumed, so that it ends with the bits of an uninterrupted one."""
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from training.checkpoints import read_identity
 from training.config import AlignmentConfig
 from training.data import PixmoParquetImageTextDataset
 from training.errors import CheckpointError
+from training.files import fingerprint
 
 # Keys that may change between the sessions of a run: how long it is, where it lies and what it says meanwhile.
 # Paths of data are not compared, their content is.
@@ -24,6 +23,7 @@ _FREE_KEYS = {
     "dataset.val_parquet",
     "dataset.test_parquet",
     "dataset.max_bad_fraction",
+    "dataset.cache_dir",
     "trainer.epochs",
     "trainer.max_steps",
     "trainer.output_dir",
@@ -36,8 +36,6 @@ _FREE_KEYS = {
     "optimization.early_stopping_patience",
 }
 _FREE_PREFIXES = ("trainer.dataloader_", "trainer.hub_", "trainer.push_to_hub", "trainer.log_", "trainer.trackio_")
-
-_HASHED_WHOLE, _BLOCK, _BLOCKS_PER_FILE = 1 << 30, 1 << 16, 16  # bytes, bytes, count
 
 
 def run_identity(
@@ -85,25 +83,6 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             f"{checkpoint.parent} holds a run with other settings: {'; '.join(differing)}; "
             "set them back, or set trainer.output_dir to another directory"
         )
-
-
-def fingerprint(files: Sequence[str]) -> str:
-    """Hash of files: of all they hold up to 1 GiB together, some seconds; of more, their sizes and sampled blocks.
-
-    Those are 16 of 64 KiB in each file, its footer among them, so that a change between them goes unseen.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    sizes = [os.path.getsize(file) for file in files]
-    for file, size in zip(files, sizes, strict=True):
-        digest.update(size.to_bytes(8, "big"))
-        with open(file, "rb") as stream:
-            if sum(sizes) <= _HASHED_WHOLE:
-                digest.update(hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).digest())
-                continue
-            for i in range(_BLOCKS_PER_FILE):
-                stream.seek(max(0, (size - _BLOCK) * i // (_BLOCKS_PER_FILE - 1)))
-                digest.update(stream.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def weights_checksum(state: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 import bisect
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,10 +66,10 @@ class ParquetPairs:
         self._ends = list(accumulate(self.rows_per_file.values()))
         schemas = {file: metadata[file].schema.to_arrow_schema() for file in self.files}
         first = self.files[0]
-        self._image = _find_column("image", image_column, IMAGE_COLUMNS, schemas[first].names, first)
-        self._caption = _find_column("caption", caption_column, CAPTION_COLUMNS, schemas[first].names, first)
-        if self._image == self._caption:
-            raise DataError(f"{first}: column {self._image!r} is to be both picture and caption")
+        self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, schemas[first].names, first)
+        self.caption_column = _find_column("caption", caption_column, CAPTION_COLUMNS, schemas[first].names, first)
+        if self.image_column == self.caption_column:
+            raise DataError(f"{first}: column {self.image_column!r} is to be both picture and caption")
         self._sample_id = None
         if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(schemas[first].names):
             self._sample_id = _find_column(
@@ -79,6 +79,9 @@ class ParquetPairs:
             self._check_columns(file, schema)
             self._check_kinds(file, schema, first, schemas[first])
         self.table = self._load(schemas[first])
+        self._without_image = self.table.select_columns(
+            [name for name in self.table.column_names if name != self.image_column]
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -88,15 +91,25 @@ class ParquetPairs:
             stored = self.table[index]
         except UnicodeDecodeError:
             return Row(None, None, str(index), "the caption or id is no UTF-8")
-        image_bytes = stored[self._image]
+        image_bytes = stored[self.image_column]
         if isinstance(image_bytes, dict):
             image_bytes = image_bytes["bytes"]
         if isinstance(image_bytes, list):
             if None in image_bytes:
                 return Row(None, None, str(index), "a byte of the picture is null")
             image_bytes = bytes(image_bytes)
-        sample_id = index if self._sample_id is None else stored[self._sample_id]
-        return Row(image_bytes, stored[self._caption], str(sample_id))
+        return Row(image_bytes, stored[self.caption_column], self._id(index, stored))
+
+    def without_image(self, index: int) -> Row:
+        """A row as if it had no picture, whose bytes stay on the disk."""
+        try:
+            stored = self._without_image[index]
+        except UnicodeDecodeError:
+            return Row(None, None, str(index), "the caption or id is no UTF-8")
+        return Row(None, stored[self.caption_column], self._id(index, stored))
+
+    def _id(self, index: int, stored: Mapping[str, Any]) -> str:
+        return str(index if self._sample_id is None else stored[self._sample_id])
 
     def where(self, index: int) -> tuple[str, int]:
         """The file of a row, and its number there, from 0."""
@@ -105,26 +118,30 @@ class ParquetPairs:
 
     def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
         """Every shard must have the columns of the first, of a kind that we can read."""
-        for column in filter(None, (self._image, self._caption, self._sample_id)):
+        for column in filter(None, (self.image_column, self.caption_column, self._sample_id)):
             if column not in schema.names:
                 raise DataError(f"{file}: no column {column!r}; it has {', '.join(schema.names)}")
             if schema.names.count(column) > 1:
                 raise DataError(f"{file}: several columns are called {column!r}")
-        if not _holds_bytes(schema.field(self._image).type):
-            kind = schema.field(self._image).type
-            raise DataError(f"{file}: column {self._image!r} holds {kind}, not the bytes of pictures")
-        if not _holds_text(schema.field(self._caption).type):
-            raise DataError(f"{file}: column {self._caption!r} holds {schema.field(self._caption).type}, not text")
+        if not _holds_bytes(schema.field(self.image_column).type):
+            kind = schema.field(self.image_column).type
+            raise DataError(f"{file}: column {self.image_column!r} holds {kind}, not the bytes of pictures")
+        if not _holds_text(schema.field(self.caption_column).type):
+            raise DataError(
+                f"{file}: column {self.caption_column!r} holds {schema.field(self.caption_column).type}, not text"
+            )
 
     def _check_kinds(self, file: str, schema: pyarrow.Schema, first: str, expected: pyarrow.Schema) -> None:
         """Shards are one table: a column is of one kind in all of them."""
-        for column in filter(None, (self._image, self._caption, self._sample_id)):
+        for column in filter(None, (self.image_column, self.caption_column, self._sample_id)):
             kind, wanted = schema.field(column).type, expected.field(column).type
             if _kind(kind) != _kind(wanted):
                 raise DataError(f"{file}: column {column!r} holds {kind}, where {first} has {wanted}")
 
     def _load(self, schema: pyarrow.Schema) -> datasets.Dataset:
-        columns = [column for column in (self._image, self._caption, self._sample_id) if column is not None]
+        columns = [
+            column for column in (self.image_column, self.caption_column, self._sample_id) if column is not None
+        ]
         # Of the schema, not of what the file's own metadata claims the features to be.
         plain = pyarrow.schema(
             [schema.field(column).remove_metadata() for column in schema.names if column in columns]

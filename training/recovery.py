@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from training.batches import EpochSampler
 from training.checkpointing import CheckpointingTrainer
 from training.checkpoints import (
     PROGRESS,
     checkpoint_path,
     newest_checkpoint,
 )
-from training.data import EpochSampler
 from training.errors import CheckpointError, DataError, SickTrainingError, UserError, told_by_each_rank
 from training.randomness import keyed_rng
 from training.sick_steps import StepRecord, describe_sick_step
@@ -107,7 +107,7 @@ class RecoverableTrainer(CheckpointingTrainer):
                 output = TrainOutput(self.state.global_step, 0.0, {})
             finally:
                 self.remove_callback(taking_up)
-            if not self.preempted and self._agree(self._signals.received)[0]:
+            if not self.preempted and self.agree(self._signals.received)[0]:
                 self._stop_after_last_step()
         return output
 
@@ -124,7 +124,7 @@ class RecoverableTrainer(CheckpointingTrainer):
     def _stop_after_last_step(self) -> None:
         """The run goes on from its last step, unless the best model already took the place of the last one."""
         is_saved = checkpoint_path(str(self.args.output_dir), self.state.global_step).exists()
-        if self.loaded_best_step is None and self._agree(self.args.should_save and not is_saved)[0]:
+        if self.loaded_best_step is None and self.agree(self.args.should_save and not is_saved)[0]:
             self._save_checkpoint(self.model, trial=None)
         self.preempted = True
 
@@ -165,7 +165,7 @@ class RecoverableTrainer(CheckpointingTrainer):
     def _before_optimizer_step(self) -> None:
         """The one collective of a step: is a loss or gradient sick on any rank, has any rank got a signal?"""
         sick = not self._step.is_finite(check_gradient=self.accelerator.scaler is None)
-        any_sick, any_signal = self._agree(sick, self._signals.received)
+        any_sick, any_signal = self.agree(sick, self._signals.received)
         self.preempted |= any_signal
         if any_sick:
             self._treat_sick_step()
@@ -223,7 +223,7 @@ class RecoverableTrainer(CheckpointingTrainer):
                     self.check_batch(batch)
             except UserError as raised:
                 error = raised
-            any_error, any_signal = self._agree(error is not None, self._signals.received)
+            any_error, any_signal = self.agree(error is not None, self._signals.received)
             if any_error:
                 raise error or DataError("the evaluation cannot go on without the rank that has an error")
             if any_signal:

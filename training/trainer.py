@@ -18,10 +18,10 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
-from modeling_edgeglass.captions import hash_captions
 from training.bad_samples import BadSampleLog
+from training.batches import ImageTextCollator
 from training.callbacks import AlignmentProgressCallback, HistoryCallback, LogLineCallback, VisualizationCallback
-from training.data import ImageTextCollator, PixmoParquetImageTextDataset
+from training.data import PixmoParquetImageTextDataset
 from training.errors import DataError, SickTrainingError
 from training.history import Row, history_rows
 from training.recovery import RecoverableTrainer
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.csv"
 COLLAPSED_COSINE = 0.999
-MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+MODEL_INPUTS = ("pixel_values", "image_features", "input_ids", "text_features", "attention_mask")
 
 
 class AlignmentTrainer(RecoverableTrainer):
@@ -53,6 +53,7 @@ class AlignmentTrainer(RecoverableTrainer):
         callbacks: Further callbacks.
         identity: As in `RecoverableTrainer`; so are `on_nan` and `signals`.
         max_bad_fraction: 0..1, share of a file's rows; more bad ones stop the run.
+        tower_chunk_size: Pairs that pass the towers at once; None takes the whole batch.
         visualize: Draw figures and the report into the output directory after every evaluation.
 
     Attributes:
@@ -72,6 +73,7 @@ class AlignmentTrainer(RecoverableTrainer):
         identity: Mapping[str, Any] | None = None,
         on_nan: str = "stop",
         max_bad_fraction: float = 0.05,
+        tower_chunk_size: int | None = None,
         visualize: bool = True,
         signals: SignalListener | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class AlignmentTrainer(RecoverableTrainer):
         if visualize:
             self.add_callback(VisualizationCallback(self))
         name_as_we_do(self)  # behind the figures, which they send
+        self.tower_chunk_size = tower_chunk_size
         self.encoded: EncodedPairs | None = None
         rows_per_file: dict[str, int] = {}
         for dataset in (train_dataset, eval_dataset):
@@ -145,7 +148,12 @@ class AlignmentTrainer(RecoverableTrainer):
     ) -> Any:
         """The alignment loss of a batch; its parts are kept for the log."""
         self._bad_samples.record(inputs["bad_samples"])
-        outputs = model(**{key: inputs[key] for key in MODEL_INPUTS}, return_loss=True, step=self.state.global_step)
+        outputs = model(
+            **self._model_inputs(inputs),
+            return_loss=True,
+            step=self.state.global_step,
+            caption_ids=inputs["token_hashes"],
+        )
         parts = torch.stack([outputs.loss_clip, outputs.loss_mrl, torch.ones_like(outputs.loss)]).detach().double()
         if self.on_nan == "stop" or parts.isfinite().all():
             self._loss_parts = self._loss_parts.to(parts.device) + parts
@@ -205,16 +213,21 @@ class AlignmentTrainer(RecoverableTrainer):
             num_samples=len(image_embeds),
         )
 
+    def _model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Pictures and captions of a batch, or what is kept of them."""
+        inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        return inputs | {"tower_chunk_size": self.tower_chunk_size}
+
     @torch.no_grad()
     def _encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Embeddings and ids of a batch from every rank, without the samples that only fill the last one up."""
         batch = self._prepare_inputs(batch)
         with self.accelerator.autocast():
-            outputs = self._model(**{key: batch[key] for key in MODEL_INPUTS})
+            outputs = self._model(**self._model_inputs(batch))
         columns = (
             outputs.image_embeds,
             outputs.text_embeds,
-            hash_captions(batch["input_ids"], batch["attention_mask"]),
+            batch["token_hashes"],
             batch["image_ids"],
             batch["caption_ids"],
             batch["is_valid"],

@@ -1,0 +1,386 @@
+"""Features of frozen towers that are kept: the same training, once computed, checked, and repaired."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+
+import training.feature_cache
+from tests.conftest import write_pairs
+from tests.runs import make_trainer
+from tests.test_recovery import AtStep, Killed, assert_equal_bits, kill, what_is_left
+from training.caching import CachingInterrupted
+from training.checkpoints import newest_checkpoint
+from training.errors import ConfigError
+from training.feature_cache import Entry, FeatureCache
+
+CACHED = "dataset.cache=disk"
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training.feature_cache, "ENTRIES_PER_SHARD", 8)
+
+
+@pytest.fixture
+def cache_dir(run_config: Path) -> str:
+    return f"dataset.cache_dir={run_config.parent}/cache"
+
+
+def entries(features: list[torch.Tensor | None]) -> list[Entry]:
+    return [
+        Entry(tokens, number, -number, "broken" if tokens is None else None)
+        for number, tokens in enumerate(features, start=1)
+    ]
+
+
+def random_features(lengths: list[int], width: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(length, width, generator=generator) * 10 for length in lengths]
+
+
+def new_cache(folder: Path, dtype: str = "float16", num_entries: int = 19, **origin: Any) -> FeatureCache:
+    return FeatureCache(folder, "text", origin, num_entries, dtype)
+
+
+def filled_cache(folder: Path, dtype: str = "float16") -> tuple[FeatureCache, list[torch.Tensor | None]]:
+    cache = new_cache(folder, dtype)
+    features: list[torch.Tensor | None] = [*random_features([1 + i % 5 for i in range(19)])]
+    features[3] = features[8] = None
+    for shard in cache.shards:
+        cache.write(shard, [entries(features)[i] for i in cache.entries_of(shard)])
+    return cache, features
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_an_entry_comes_back_to_the_stored_precision(dtype: str, tmp_path: Path):
+    cache, features = filled_cache(tmp_path, dtype)
+    for number, tokens in enumerate(features):
+        kept = cache[number]
+        assert (kept.content_id, kept.token_hash) == (number + 1, -number - 1)
+        if tokens is None:
+            assert (kept.features, kept.defect) == (None, "broken")
+        elif dtype == "int8":  # half a step of the token's scale
+            step = tokens.abs().amax(dim=1, keepdim=True) / 127
+            assert ((kept.features - tokens).abs() <= step * 0.5001).all()
+        else:
+            assert torch.equal(kept.features, tokens.to(getattr(torch, dtype)))
+
+
+def test_int8_keeps_tokens_of_zeros_and_of_tiny_numbers(tmp_path: Path):
+    cache = new_cache(tmp_path, "int8", 1)
+    tokens = torch.tensor([[0.0, 0.0], [1e-30, -1e-30], [127.0, 1.0]])
+    cache.write(0, [Entry(tokens)])
+    torch.testing.assert_close(cache[0].features, tokens)
+
+
+def test_what_float16_cannot_hold_is_an_error_that_names_bfloat16(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"values up to 1e\+05, too large .*float16: set bfloat16"):
+        new_cache(tmp_path, num_entries=1).write(0, [Entry(torch.full((2, 4), 1e5))])
+    new_cache(tmp_path, "bfloat16", num_entries=1).write(0, [Entry(torch.full((2, 4), 1e5))])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped bit": flip_a_bit,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "empty": lambda path: path.write_bytes(b""),
+    "not there": Path.unlink,
+    "no mark": lambda path: path.with_suffix(".json").unlink(),
+    "half a mark": lambda path: path.with_suffix(".json").write_text('{"checksum": "'),
+    "a list for a mark": lambda path: path.with_suffix(".json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_counts_as_missing_and_can_be_written_again(damage, tmp_path: Path):
+    cache, features = filled_cache(tmp_path)
+    assert new_cache(tmp_path).missing_shards() == []
+    damage(cache.folder / "000001.safetensors")
+    again = new_cache(tmp_path)
+    assert again.missing_shards() == [1]
+    again.write(1, [entries(features)[i] for i in again.entries_of(1)])
+    assert new_cache(tmp_path).missing_shards() == []
+    assert torch.equal(again[9].features, features[9].half())
+
+
+def test_a_copied_cache_is_read_once_more_and_holds(tmp_path: Path):
+    cache, _ = filled_cache(tmp_path / "a")
+    shutil.copytree(cache.folder, tmp_path / "b" / cache.folder.name, copy_function=shutil.copyfile)
+    copied = new_cache(tmp_path / "b")
+    before = (copied.folder / "000000.json").read_text()
+    assert copied.missing_shards() == []
+    assert (copied.folder / "000000.json").read_text() != before  # the new time stands there now
+    assert torch.equal(copied[0].features, cache[0].features)
+
+
+def test_a_cache_is_of_its_origin_size_and_type(tmp_path: Path):
+    folders = {
+        new_cache(tmp_path).folder,
+        new_cache(tmp_path, weights=1).folder,
+        new_cache(tmp_path, weights=2).folder,
+        new_cache(tmp_path, num_entries=20).folder,
+        new_cache(tmp_path, "int8").folder,
+    }
+    assert len(folders) == 5
+    assert new_cache(tmp_path, weights=1).folder in folders
+
+
+# Runs.
+
+
+def logged(trainer: Any) -> dict[str, list[float]]:
+    names = ("loss", "loss_clip", "loss_mrl", "eval_loss", "eval_i2t_r1", "eval_t2i_medr")
+    return {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 5e-2)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("pooling", ["true", "false"])
+def test_losses_are_those_of_an_uncached_run(
+    dtype: str, tolerance: float, pooling: str, run_config: Path, cache_dir: str
+):
+    options = ["dataset.text_dropout_prob=0.4", f"vision_encoder.use_attention_pooling={pooling}"]
+    options += [f"text_encoder.use_attention_pooling={pooling}", "optimization.lr=1e-3"]
+    uncached = make_trainer(run_config, *options)
+    uncached.train_dataset.image_transforms = uncached.eval_dataset.image_transforms
+    uncached.train()
+    cached = make_trainer(run_config, *options, CACHED, cache_dir, f"dataset.cache_dtype={dtype}",
+                          f"trainer.output_dir={run_config.parent}/cached")  # fmt: skip
+    cached.train()
+    expected, found = logged(uncached), logged(cached)
+    assert len(expected["loss"]) == 10
+    for name, values in expected.items():
+        if "_r1" not in name and "medr" not in name:
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=tolerance, atol=tolerance)
+    if dtype == "float16":
+        assert found["eval_i2t_r1"] == expected["eval_i2t_r1"]
+
+
+def test_no_tower_runs_once_everything_is_kept(run_config: Path, cache_dir: str, monkeypatch):
+    make_trainer(run_config, CACHED, cache_dir).train()
+    monkeypatch.setattr("modeling_edgeglass.encoders._Encoder._run_backbone", None)
+    again = make_trainer(run_config, CACHED, cache_dir, f"trainer.output_dir={run_config.parent}/again")
+    again.train()
+    assert again.state.global_step == 10
+
+
+def test_a_tower_that_trains_runs_beside_the_features_of_the_other(run_config: Path, cache_dir: str):
+    for side, other in (("vision", "text"), ("text", "vision")):
+        trainer = make_trainer(run_config, CACHED, cache_dir, f"{side}_encoder.freeze=false", "trainer.max_steps=1",
+                               f"trainer.output_dir={run_config.parent}/{side}")  # fmt: skip
+        item = trainer.train_dataset[0]
+        assert ("image" in item, "text" in item) == (side == "vision", side == "text")
+        assert f"{'image' if other == 'vision' else 'text'}_features" in item
+        trainer.train()
+        assert trainer.state.log_history
+
+
+def folders(cache_dir: str) -> dict[str, set[str]]:
+    found = Path(cache_dir.partition("=")[2]).iterdir()
+    names = [folder.name for folder in found]
+    return {side: {name for name in names if name.startswith(side)} for side in ("vision", "text")}
+
+
+def test_anything_that_changes_the_features_makes_a_new_cache(
+    run_config: Path, cache_dir: str, vision_dir: str, tmp_path: Path
+):
+    shutil.copytree(vision_dir, tmp_path / "tower")
+    weights = safetensors_of(tmp_path / "tower")
+    options = (CACHED, cache_dir, f"vision_encoder.model_name={tmp_path}/tower")
+    make_trainer(run_config, *options)
+    before = folders(cache_dir)
+    assert {side: len(names) for side, names in before.items()} == {"vision": 2, "text": 2}  # train and val
+
+    def new_folders(*overrides: str) -> dict[str, int]:
+        known = folders(cache_dir)
+        make_trainer(run_config, *options, *overrides)
+        return {side: len(names - known[side]) for side, names in folders(cache_dir).items()}
+
+    assert new_folders() == {"vision": 0, "text": 0}
+    assert new_folders("optimization.lr=1", "dataset.text_dropout_prob=0.5") == {"vision": 0, "text": 0}
+    assert new_folders("dataset.image_size=48") == {"vision": 2, "text": 0}
+    assert new_folders("dataset.cache_views=2") == {"vision": 1, "text": 0}
+    assert new_folders("dataset.cache_views=2", "trainer.seed=7") == {"vision": 1, "text": 0}
+    assert new_folders("dataset.max_text_length=9") == {"vision": 0, "text": 2}
+    assert new_folders("dataset.cache_dtype=int8") == {"vision": 2, "text": 2}
+    assert new_folders("dataset.caption_column=sample_id") == {"vision": 0, "text": 2}
+    name, value = next((name, value) for name, value in weights.items() if name.endswith("weight"))
+    safetensors_of(tmp_path / "tower", {**weights, name: value + 1e-3})
+    assert new_folders() == {"vision": 2, "text": 0}
+    write_pairs(tmp_path / "train.parquet", 20, first=1)
+    assert new_folders() == {"vision": 1, "text": 1}
+
+
+def safetensors_of(folder: Path, new: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file, save_file
+
+    if new is not None:
+        save_file(new, folder / "model.safetensors", metadata={"format": "pt"})
+    return load_file(folder / "model.safetensors")
+
+
+def test_one_of_the_kept_views_is_drawn_by_seed_epoch_and_index(run_config: Path, cache_dir: str):
+    trainer = make_trainer(run_config, CACHED, cache_dir, "dataset.cache_views=3", "dataset.cache_dtype=bfloat16")
+    dataset, encoder = trainer.train_dataset, trainer.model.vision_encoder
+    row = dataset.pairs[5]
+    with torch.no_grad():
+        views = [encoder.features(dataset.pixels(row, dataset.view_rng(v, 5)).unsqueeze(0))[0] for v in range(3)]
+    assert not torch.allclose(views[0], views[1], atol=1e-2)
+
+    def view_of(epoch: int) -> int:
+        kept = dataset[epoch, 5]["image_features"].float()
+        return min(range(3), key=lambda v: float((kept - views[v]).abs().max()))
+
+    drawn = [view_of(epoch) for epoch in range(30)]
+    assert drawn == [view_of(epoch) for epoch in range(30)]
+    assert {drawn.count(view) > 3 for view in range(3)} == {True}
+    for view in range(3):
+        kept = dataset[drawn.index(view), 5]["image_features"].float()
+        torch.testing.assert_close(kept, views[view], rtol=1e-2, atol=1e-2)
+    assert trainer.eval_dataset.views == 1
+
+
+def test_bad_rows_are_known_from_the_cache_and_replaced_by_the_same_rows(run_config: Path, cache_dir: str):
+    for split in ("train", "val"):
+        path = run_config.parent / f"{split}.parquet"
+        columns = pyarrow.parquet.read_table(path).to_pydict()
+        columns["image_bytes"][2], columns["image_bytes"][4] = b"broken", None
+        columns["caption"][6] = " "
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    uncached = make_trainer(run_config, "dataset.max_bad_fraction=1")
+    cached = make_trainer(run_config, CACHED, cache_dir, "dataset.max_bad_fraction=1")
+    for epoch in range(3):
+        for index in range(20):
+            plain, kept = uncached.train_dataset[epoch, index], cached.train_dataset[epoch, index]
+            assert plain["sample_id"] == kept["sample_id"]
+            assert plain["bad_samples"] == kept["bad_samples"]
+            assert bool(plain["bad_samples"]) == (index in (2, 4, 6))
+    for index in range(10):
+        plain, kept = uncached.eval_dataset[index], cached.eval_dataset[index]
+        for key in ("is_valid", "image_id", "caption_id", "bad_samples", "sample_id"):
+            assert plain[key] == kept[key], key
+    before, after = uncached.evaluate(), cached.evaluate()
+    assert before["eval_bad_rows"] == after["eval_bad_rows"] == 3
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-3)
+
+
+def test_a_damaged_cache_is_repaired_to_the_same_bits_and_nothing_else_is_touched(run_config: Path, cache_dir: str):
+    dataset = make_trainer(run_config, CACHED, cache_dir).train_dataset
+    before = [dataset[i]["image_features"].clone() for i in range(20)]  # not views of the file
+    folder = dataset.image_cache.folder
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [f"{i:06d}.safetensors" for i in range(3)]
+    flip_a_bit(folder / "000001.safetensors")
+    times = {path: path.stat().st_mtime_ns for path in folder.parent.glob("*/*.safetensors")}
+    dataset = make_trainer(run_config, CACHED, cache_dir).train_dataset
+    assert [path.name for path, time in times.items() if path.stat().st_mtime_ns != time] == ["000001.safetensors"]
+    for i in range(20):
+        assert torch.equal(dataset[i]["image_features"], before[i])
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(run_config: Path, cache_dir: str, monkeypatch):
+    class StopsAfterOneFile:
+        asked = 0
+
+        @property
+        def received(self) -> bool:
+            written = list(run_config.parent.glob("cache/vision-*/*.json"))
+            return any(path.name == "000000.json" for path in written)
+
+    written: list[tuple[str, int]] = []
+    write = FeatureCache.write
+
+    def noting(self: FeatureCache, shard: int, kept: Any) -> None:
+        written.append((self.name, shard))
+        write(self, shard, kept)
+
+    monkeypatch.setattr(FeatureCache, "write", noting)
+    monkeypatch.setattr("tests.runs.SignalListener", StopsAfterOneFile)
+    with pytest.raises(CachingInterrupted):
+        make_trainer(run_config, CACHED, cache_dir)
+    assert written == [("vision", 0)]
+    monkeypatch.undo()
+    monkeypatch.setattr(training.feature_cache, "ENTRIES_PER_SHARD", 8)
+    monkeypatch.setattr(FeatureCache, "write", noting)
+    make_trainer(run_config, CACHED, cache_dir)
+    train, val = [0, 1, 2], [0, 1]
+    expected = [("vision", shard) for shard in (*train, *val)] + [("text", shard) for shard in (*train, *val)]
+    assert sorted(written) == sorted(expected)  # every one once, over both sessions
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(run_config: Path, cache_dir: str):
+    options = [CACHED, cache_dir, "dataset.cache_views=2", "dataset.text_dropout_prob=0.3", "trainer.epochs=3"]
+    whole = make_trainer(run_config, *options)
+    whole.train()
+    options.append(f"trainer.output_dir={run_config.parent}/cut")
+    cut = make_trainer(run_config, *options)
+    cut.add_callback(AtStep(8, kill))
+    with pytest.raises(Killed):
+        cut.train()
+    shutil.rmtree(run_config.parent / "cache")  # lost with the node: it is made again, to the same bits
+    cut = make_trainer(run_config, *options)
+    cut.train(resume_from_checkpoint=newest_checkpoint(run_config.parent / "cut"))
+    assert_equal_bits(what_is_left(whole), what_is_left(cut))
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_written(run_config: Path, cache_dir: str, monkeypatch):
+    usage = namedtuple("usage", ("total", "used", "free"))
+    monkeypatch.setattr("training.caching.shutil.disk_usage", lambda path: usage(10, 0, 10))
+    with pytest.raises(ConfigError, match=r"the features need about 0\.00 GB, and .* has 0\.00 GB free: name another"):
+        make_trainer(run_config, CACHED, cache_dir)
+    assert not list(run_config.parent.glob("cache/*/*"))
+
+
+def test_the_size_is_told_before_it_is_written(run_config: Path, cache_dir: str, capsys):
+    make_trainer(run_config, CACHED, cache_dir)
+    told = capsys.readouterr().out
+    assert "features of 20 train pictures: about 0.00 GB in" in told
+    assert "features of 11 val captions" in told  # the empty one among them
+
+
+def test_nothing_can_be_kept_where_both_towers_train(run_config: Path, cache_dir: str):
+    both = ("vision_encoder.freeze=false", "text_encoder.freeze=false")
+    with pytest.raises(ConfigError, match=r"dataset\.cache: both towers train"):
+        make_trainer(run_config, CACHED, cache_dir, *both)
+
+
+def test_two_ranks_write_the_files_of_one(run_config: Path):
+    make_trainer(run_config, CACHED, f"dataset.cache_dir={run_config.parent}/one")
+    program = (
+        "import sys, training.feature_cache as files; files.ENTRIES_PER_SHARD = 8\n"
+        "from tests.runs import make_trainer\n"
+        "make_trainer(sys.argv[1], *sys.argv[2:]).train()\n"
+    )
+    script = run_config.parent / "two.py"
+    script.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(run_config)]
+    root = str(Path(__file__).parents[1])
+    subprocess.run(
+        [*command, CACHED, f"dataset.cache_dir={run_config.parent}/two", "trainer.max_steps=2"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    one, two = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*.safetensors"))}
+        for folder in (run_config.parent / "one", run_config.parent / "two")
+    )
+    assert len(one) == 10
+    assert one == two
+    history = json.loads((run_config.parent / "run" / "training_history.json").read_text())
+    assert history
