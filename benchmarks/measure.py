@@ -1,9 +1,11 @@
 """What all benchmarks share: ours and a peer in one run, alternating, and the result as one JSON line."""
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 REPEATS = 5  # of each side; medians are compared
@@ -55,3 +57,15 @@ def report(
     line = {"name": name, "ours": ours, "peer": peer, "unit": unit, "peer_is": peer_is, "ratio": ratio}
     rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()}
     print(json.dumps({**rounded, "bound": bound, "holds": holds, **conditions}), flush=True)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process grows at most while `run` runs; Linux alone."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = _peak()
+    run()
+    return _peak() - before
+
+
+def _peak() -> int:
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024

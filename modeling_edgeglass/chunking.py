@@ -42,14 +42,13 @@ def _contexts(tower: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 @contextmanager
 def _keeping_statistics(tower: nn.Module) -> Iterator[None]:
     """While a chunk is run again, running statistics that already took it in stay as they are."""
-    tracking = [
-        module for module in tower.modules() if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-    ]
-    tracking = [module for module in tracking if module.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
+    norms = [module for module in tower.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    norms = [norm for norm in norms if norm.training and norm.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches

@@ -24,6 +24,17 @@ def test_the_recipe_reaches_trainer(run_config: Path):
     assert args.logging_nan_inf_filter is False
 
 
+def test_accumulation_is_one_warning_that_names_the_way_to_large_batches(run_config: Path, caplog):
+    def warnings(*overrides: str) -> list[str]:
+        caplog.clear()
+        build_training_arguments(load_config(run_config, overrides))
+        return [record.message for record in caplog.records if "tower_chunk_size" in record.message]
+
+    assert not warnings()
+    assert len(warnings("trainer.gradient_accumulation_steps=2")) == 1
+    assert not warnings("trainer.gradient_accumulation_steps=2", "optimization.tower_chunk_size=2")
+
+
 def test_any_field_of_training_arguments_passes(run_config: Path):
     overrides = ["trainer.gradient_accumulation_steps=3", "trainer.eval_strategy=no", "trainer.bf16=true"]
     args = build_training_arguments(load_config(run_config, overrides))

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import logging
 import os
 import types
 import typing
@@ -17,6 +18,8 @@ from transformers import TrainingArguments
 from training.config import AlignmentConfig, Rule, at_least, check_value, key_error
 from training.errors import ConfigError
 from training.retrieval import RECALL_KS
+
+logger = logging.getLogger(__name__)
 
 # Fields that the trainer section does not set, and what to do instead.
 _SET_ELSEWHERE = {
@@ -113,6 +116,12 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     arguments = _checked(defaults | options | owned)
     if arguments.train_batch_size * arguments.world_size < 2:
         raise key_error(config, "dataset.batch_size", "one pair has no negative to tell apart; set 2 or more")
+    accumulates = arguments.gradient_accumulation_steps > 1 and config.optimization.tower_chunk_size is None
+    if accumulates and arguments.process_index == 0:
+        logger.warning(
+            "trainer.gradient_accumulation_steps: every small batch has its own negatives alone; for those of a large "
+            "batch in the same memory raise dataset.batch_size and set optimization.tower_chunk_size"
+        )
     return arguments
 
 
