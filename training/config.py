@@ -197,6 +197,8 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         config.trainer.setdefault(key, value)
     object.__setattr__(config, "_origins", origins)  # beside the keys, not one of them
     _resolve(config)
+    if config.dataset.cache == "False":  # a bare YAML `off`
+        config.dataset.cache = "off"
     _check(config)
     return cast(AlignmentConfig, config)
 
