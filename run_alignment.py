@@ -5,6 +5,8 @@
 Any key of the config can be set behind it as key=value. The output directory gets config.yaml as resolved,
 checkpoints, the best model with its processor in model/, and final_metrics.json.
 
+With dataset.cache=disk frozen towers run once, and what they give is kept for all epochs and further runs.
+
 A run that was cut off goes on from its newest whole checkpoint when the same command is given again, and ends with
 the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json and exits with status 75.
 """
@@ -108,6 +110,8 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         try:
             cache_features(config, trainer, processor, datasets, signals)
         except CachingInterrupted:
+            if args.should_save:
+                mark_preempted(output_dir, trainer.state.global_step)
             print("stopped by a signal; the same command goes on from the features that are kept")
             return PREEMPTED_STATUS
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 import training.feature_cache
+from run_alignment import align
 from tests.conftest import write_pairs
 from tests.runs import make_trainer
 from tests.test_recovery import AtStep, Killed, assert_equal_bits, kill, what_is_left
 from training.caching import CachingInterrupted
 from training.checkpoints import newest_checkpoint
+from training.config import load_config
 from training.errors import ConfigError
 from training.feature_cache import Entry, FeatureCache
+from training.signals import SignalListener
 
 CACHED = "dataset.cache=disk"
 
@@ -320,6 +323,13 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(run_config: Path, cache_di
     train, val = [0, 1, 2], [0, 1]
     expected = [("vision", shard) for shard in (*train, *val)] + [("text", shard) for shard in (*train, *val)]
     assert sorted(written) == sorted(expected)  # every one once, over both sessions
+
+
+def test_a_signal_in_the_pass_ends_the_run_as_one_in_training_does(run_config: Path, cache_dir: str):
+    signals = SignalListener()
+    signals.received = True
+    assert align(load_config(run_config, [CACHED, cache_dir]), signals) == 75
+    assert (run_config.parent / "run" / "preempted.json").exists()
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(run_config: Path, cache_dir: str):
