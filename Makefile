@@ -1,13 +1,14 @@
 # make demo    train on the emoji with two real towers and print the table
+# make bench   ours and the alternatives, measured: docs/performance.md
 # make test    ruff, mypy, import-linter, pytest
 #
-# Both make .venv first. TORCH chooses another torch, as pip would be told: make demo TORCH=torch==2.13.0+cu130
+# All make .venv first. TORCH chooses another torch, as pip would be told: make demo TORCH=torch==2.13.0+cu130
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
-.PHONY: demo test format clean
+.PHONY: demo bench test format clean
 
 demo: outputs/demo/final_metrics.json
 	@echo "trained: outputs/demo/model, $<; remove outputs/demo to train it again"
@@ -22,6 +23,10 @@ test: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n logical --ignore=tests/test_run.py
 	$(BIN)/pytest tests/test_run.py # runs of several processes: they want the cores for themselves
+
+bench: .venv/installed | examples/towers
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/run_all.py
 
 format: .venv/installed
 	$(BIN)/ruff format --config .ci/ruff.toml .

@@ -1,0 +1,93 @@
+"""All comparisons, one after the other: benchmarks/results.json, and the table in docs/performance.md.
+
+    make bench
+
+Some twenty minutes on two cores, which want to be idle otherwise. Names of benchmarks run those alone and print:
+
+    python benchmarks/run_all.py loss decode
+"""
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.environment import describe_environment  # noqa: E402
+
+BENCHMARKS = ("loss", "cache", "big_batch", "decode", "loader", "memory", "evaluation", "startup")
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
+PEERS = ("sentence-transformers",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="*", metavar="name", help=", ".join(BENCHMARKS))
+    options = parser.parse_args()
+    if unknown := set(options.benchmarks) - set(BENCHMARKS):
+        parser.error(f"there is no benchmark {unknown.pop()!r}; there are {', '.join(BENCHMARKS)}")
+    started, start = datetime.now(UTC), time.monotonic()
+    results = [result for name in options.benchmarks or BENCHMARKS for result in run(name)]
+    missed = [result["name"] for result in results if not result["holds"]]
+    print(f"{len(results)} results in {time.monotonic() - start:.0f} s; bounds missed: {', '.join(missed) or 'none'}")
+    if options.benchmarks:
+        return
+    environment = describe_environment(started, 1)
+    environment["command"] = "make bench"
+    environment["packages"] |= {name: importlib.metadata.version(name) for name in PEERS}
+    seconds = round(time.monotonic() - start)
+    RESULTS.write_text(json.dumps({**environment, "seconds": seconds, "results": results}, indent=2) + "\n")
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n\n{conditions(environment, seconds)}\n{END}{after}")
+
+
+def run(name: str) -> list[dict[str, Any]]:
+    """The results of a benchmark, which are also shown as they come."""
+    command = ["python", f"benchmarks/{name}.py"]
+    print(f"$ {' '.join(command)}", flush=True)
+    results = []
+    with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"name"'):
+                print(line, end="", flush=True)
+                results.append({**json.loads(line), "command": " ".join(command)})
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+    return results
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results as a table in Markdown."""
+    lines = ["| what | ours | peer | unit | peer is | ratio | bound | |", "|---|---:|---:|---|---|---:|---|---|"]
+    for result in results:
+        cells = [result["name"], result["ours"], result["peer"], result["unit"], result["peer_is"], result["ratio"]]
+        cells += [result["bound"], "holds" if result["holds"] else "**missed**"]
+        lines.append(
+            "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def conditions(environment: Mapping[str, Any], seconds: int) -> str:
+    """Where the numbers are from."""
+    versions = {"Python": environment["python"], **environment["packages"]}
+    return (
+        f"*`{environment['command']}`, {environment['started'][:10]}, {seconds} s; {environment['cores']} cores of "
+        f"{environment['cpu']}, accelerator: {', '.join(environment['accelerators'])}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. What else was fixed stands in `benchmarks/results.json`.*"
+    )
+
+
+if __name__ == "__main__":
+    main()
