@@ -82,10 +82,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def conditions(environment: Mapping[str, Any], seconds: int) -> str:
     """Where the numbers are from."""
     versions = {"Python": environment["python"], **environment["packages"]}
+    stated = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"*`{environment['command']}`, {environment['started'][:10]}, {seconds} s; {environment['cores']} cores of "
-        f"{environment['cpu']}, accelerator: {', '.join(environment['accelerators'])}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. What else was fixed stands in `benchmarks/results.json`.*"
+        f"{environment['cpu']}, accelerator: {', '.join(environment['accelerators'])}; {stated}. "
+        "What else was fixed stands in `benchmarks/results.json`.*"
     )
 
 
