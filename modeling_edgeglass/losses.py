@@ -3,13 +3,14 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import gather, gather_with_grad, rank
-from .matryoshka import at_least_float32, truncate_embeds
+from .distributed import gather, gather_with_grad, rank, world_size
+from .matryoshka import at_least_float32, check_truncate_dim
+from .prefix_info_nce import prefix_info_nce
 
 
 @dataclass
@@ -30,8 +31,9 @@ class AlignmentLoss(nn.Module):
 
     CLIP (arXiv:2103.00020, fig. 3) on prefixes of the embeddings, as Matryoshka representation learning
     (arXiv:2205.13147, eq. 1) does it for classes: each prefix is cut, scaled to unit length and has a loss of
-    its own. In training one size is drawn per step, which costs two losses instead of six and is an unbiased
-    estimate of the mean over sizes; in eval mode the mean itself is taken, so that it depends on no draw.
+    its own. All of them together cost about as much as the one at the full size (`prefix_info_nce`). In training
+    one size can be drawn per step, an unbiased estimate of the mean over sizes; in eval mode the mean itself is
+    taken, so that it depends on no draw.
 
     Negatives come from every rank, with gradient. Rows are the rank's own pairs, columns those of all ranks;
     the mean over ranks is the loss of one process with the whole batch.
@@ -88,57 +90,54 @@ class AlignmentLoss(nn.Module):
             The losses as float32 scalars, whatever the autocast.
 
         Raises:
-            ValueError: The batch, over all ranks, is a single pair; or a Matryoshka size exceeds D.
+            ValueError: The batch, over all ranks, is a single pair; a Matryoshka size exceeds D; or the two sides
+                differ in shape.
         """
+        if image_embeds.shape != text_embeds.shape:
+            shapes = f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}"
+            raise ValueError(f"image_embeds and text_embeds are pairs and must have the same shape, got {shapes}")
         if self.training:
             step, self.num_calls = self.num_calls if step is None else step, self.num_calls + 1
         dimensions, mrl_dimension = self.mrl_dimensions, None
         if self.training and self.sample_single_mrl_dim and dimensions:
             mrl_dimension = random.Random(f"{self.seed}/{step}/mrl_dimension").choice(dimensions)
             dimensions = (mrl_dimension,)
-
+        for dimension in dimensions:
+            check_truncate_dim(dimension, image_embeds.shape[1])
+        sizes = sorted({*dimensions, image_embeds.shape[1]})
         with torch.autocast(image_embeds.device.type, enabled=False):
-            image_embeds, text_embeds, logit_scale = map(at_least_float32, (image_embeds, text_embeds, logit_scale))
-            pairs = _Pairs(
-                image_embeds, text_embeds, caption_ids if self.mask_equal_captions else None, gather_negatives
+            losses = _info_nce(
+                at_least_float32(image_embeds),
+                at_least_float32(text_embeds),
+                at_least_float32(logit_scale),
+                sizes,
+                caption_ids if self.mask_equal_captions else None,
+                gather_negatives,
             )
-            loss_clip = pairs.info_nce(logit_scale, truncate_dim=None)
-            losses_mrl = [pairs.info_nce(logit_scale, truncate_dim=dimension) for dimension in dimensions]
+            loss_clip = losses[-1]
+            losses_mrl = [losses[sizes.index(dimension)] for dimension in dimensions]
             loss_mrl = torch.stack(losses_mrl).mean() if losses_mrl else torch.zeros_like(loss_clip)
             loss = self.contrastive_weight * loss_clip + self.mrl_weight * loss_mrl
         return AlignmentLossOutput(loss, loss_clip, loss_mrl, mrl_dimension)
 
 
-class _Pairs:
-    """A rank's pairs as queries, against the pairs of all ranks, or its own alone, as gallery."""
-
-    def __init__(
-        self, image_embeds: Tensor, text_embeds: Tensor, caption_ids: Tensor | None, gather_negatives: bool
-    ) -> None:
-        self.image_embeds, self.text_embeds = image_embeds, text_embeds  # (B, D)
-        self.all_image_embeds = gather_with_grad(image_embeds) if gather_negatives else image_embeds  # (G, D)
-        self.all_text_embeds = gather_with_grad(text_embeds) if gather_negatives else text_embeds
-        B, G = len(image_embeds), len(self.all_image_embeds)
-        if G < 2:
-            raise ValueError("a contrastive loss needs two pairs or more in a batch, got one: there is no negative")
-        self.targets = torch.arange(B, device=image_embeds.device) + (rank() * B if gather_negatives else 0)
-        self.false_negatives = None  # (B, G)
-        if caption_ids is not None:
-            all_caption_ids = gather(caption_ids) if gather_negatives else caption_ids
-            equal = caption_ids.unsqueeze(1) == all_caption_ids
-            self.false_negatives = equal.scatter(1, self.targets.unsqueeze(1), False)
-
-    def info_nce(self, logit_scale: Tensor, truncate_dim: int | None) -> Tensor:
-        """Symmetric InfoNCE of prefixes: the mean of image-to-text and text-to-image cross-entropy."""
-        image_to_text = self._cross_entropy(self.image_embeds, self.all_text_embeds, logit_scale, truncate_dim)
-        text_to_image = self._cross_entropy(self.text_embeds, self.all_image_embeds, logit_scale, truncate_dim)
-        return (image_to_text + text_to_image) / 2
-
-    def _cross_entropy(
-        self, queries: Tensor, gallery: Tensor, logit_scale: Tensor, truncate_dim: int | None
-    ) -> Tensor:
-        queries, gallery = truncate_embeds(queries, truncate_dim), truncate_embeds(gallery, truncate_dim)
-        logits = logit_scale * queries @ gallery.T  # (B, G)
-        if self.false_negatives is not None:
-            logits = logits.masked_fill(self.false_negatives, float("-inf"))
-        return F.cross_entropy(logits, self.targets)
+def _info_nce(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    sizes: Sequence[int],
+    caption_ids: Tensor | None,
+    gather_negatives: bool,
+) -> Tensor:
+    """Symmetric InfoNCE of this rank's pairs at every size (K,): the mean of image-to-text and text-to-image."""
+    num_pairs = len(image_embeds) * (world_size() if gather_negatives else 1)
+    if num_pairs < 2:
+        raise ValueError("a contrastive loss needs two pairs or more in a batch, got one: there is no negative")
+    info_nce = partial(prefix_info_nce, logit_scale=logit_scale, dimensions=sizes, query_captions=caption_ids)
+    if num_pairs == len(image_embeds):
+        return info_nce(image_embeds, text_embeds, gallery_captions=caption_ids, both_ways=True)
+    all_caption_ids = None if caption_ids is None else gather(caption_ids)
+    info_nce = partial(info_nce, gallery_captions=all_caption_ids, first_match=rank() * len(image_embeds))
+    image_to_text = info_nce(image_embeds, gather_with_grad(text_embeds))
+    text_to_image = info_nce(text_embeds, gather_with_grad(image_embeds))
+    return (image_to_text + text_to_image) / 2

@@ -9,6 +9,13 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype.itemsize >= 4 else values.float()
 
 
+def check_truncate_dim(truncate_dim: int, dim: int) -> None:
+    """Raise a ValueError unless embeddings of size `dim` have a prefix of size `truncate_dim`."""
+    is_integer = isinstance(truncate_dim, int) and not isinstance(truncate_dim, bool)
+    if not (is_integer and 0 < truncate_dim <= dim):
+        raise ValueError(f"truncate_dim must be in 1..{dim}, got {truncate_dim!r}")
+
+
 def truncate_embeds(embeds: Tensor, truncate_dim: int | None) -> Tensor:
     """Cut embeddings (..., D) to their first `truncate_dim` numbers, then scale them to unit length.
 
@@ -25,9 +32,7 @@ def truncate_embeds(embeds: Tensor, truncate_dim: int | None) -> Tensor:
     Raises:
         ValueError: `truncate_dim` is no integer in 1..D.
     """
-    D = embeds.shape[-1]
-    is_integer = isinstance(truncate_dim, int) and not isinstance(truncate_dim, bool)
-    if truncate_dim is not None and not (is_integer and 0 < truncate_dim <= D):
-        raise ValueError(f"truncate_dim must be in 1..{D}, got {truncate_dim!r}")
+    if truncate_dim is not None:
+        check_truncate_dim(truncate_dim, embeds.shape[-1])
     # In half precision a squared norm can overflow, and F.normalize's eps of 1e-12 is zero.
     return F.normalize(at_least_float32(embeds[..., :truncate_dim]), dim=-1)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -30,12 +31,12 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, texts, torch.tensor([1, 2, 3, 1, 4, 1, 5, 2])  # equal captions on both ranks
 
 
-def loss_of_a_rank(rank: int, folder: Path) -> None:
+def loss_of_a_rank(rank: int, folder: Path, sample_single_mrl_dim: bool) -> None:
     images, texts, caption_ids = pairs()
     rows = slice(4 * rank, 4 * rank + 4)
     images, texts = images[rows].requires_grad_(), texts[rows].requires_grad_()
     scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
-    loss = AlignmentLoss(mrl_dimensions=(8, 4))
+    loss = AlignmentLoss(mrl_dimensions=(8, 4), sample_single_mrl_dim=sample_single_mrl_dim)
     output = loss(images, texts, logit_scale=scale, caption_ids=caption_ids[rows], step=3)
     output.loss.backward()
     local = loss(images, texts, logit_scale=scale, caption_ids=caption_ids[rows], step=3, gather_negatives=False)
@@ -50,14 +51,15 @@ def loss_of_a_rank(rank: int, folder: Path) -> None:
     torch.save(result, folder / f"{rank}.pt")
 
 
-def test_loss_and_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path: Path):
-    in_two_processes(loss_of_a_rank, tmp_path)
+@pytest.mark.parametrize("sample_single_mrl_dim", [True, False])
+def test_loss_and_gradients_are_those_of_one_process_with_the_whole_batch(sample_single_mrl_dim, tmp_path: Path):
+    in_two_processes(loss_of_a_rank, tmp_path, sample_single_mrl_dim)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     images, texts, caption_ids = pairs()
     images.requires_grad_()
     texts.requires_grad_()
     scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
-    loss = AlignmentLoss(mrl_dimensions=(8, 4))
+    loss = AlignmentLoss(mrl_dimensions=(8, 4), sample_single_mrl_dim=sample_single_mrl_dim)
     output = loss(images, texts, logit_scale=scale, caption_ids=caption_ids, step=3)
     output.loss.backward()
     assert {result["size"] for result in results} == {output.mrl_dimension}

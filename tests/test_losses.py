@@ -126,6 +126,33 @@ def test_half_precision_and_autocast_lose_nothing_inside():
     torch.testing.assert_close(output.loss, reference.loss)
 
 
+def test_gradients_reach_half_precision_embeddings_under_autocast():
+    images, texts = (embeds.detach().bfloat16().requires_grad_() for embeds in pairs())
+    loss = AlignmentLoss(mrl_dimensions=[8, 4], sample_single_mrl_dim=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = loss(images, texts, logit_scale=SCALE)
+        gradients = torch.autograd.grad(output.loss, (images, texts))  # inside, as nobody should
+    assert output.loss.dtype == torch.float32
+    widened = [embeds.detach().float().requires_grad_() for embeds in (images, texts)]
+    expected = torch.autograd.grad(loss(*widened, logit_scale=SCALE).loss, widened)
+    torch.testing.assert_close(gradients, tuple(gradient.bfloat16() for gradient in expected))
+
+
+def test_sizes_may_come_in_any_order_twice_and_be_the_full_one():
+    images, texts = pairs()
+    sizes = (4, 16, 2, 4)
+    output = AlignmentLoss(mrl_dimensions=sizes, sample_single_mrl_dim=False)(images, texts, logit_scale=SCALE)
+    naive = {size: naive_clip(images[:, :size], texts[:, :size], SCALE) for size in (2, 4, 16)}
+    torch.testing.assert_close(output.loss_clip, naive[16])
+    torch.testing.assert_close(output.loss_mrl, torch.stack([naive[size] for size in sizes]).mean())
+
+
+def test_sides_that_are_not_pairs_are_an_error():
+    images, texts = pairs()
+    with pytest.raises(ValueError, match=re.escape("the same shape, got (6, 16) and (1, 16)")):
+        AlignmentLoss(mrl_dimensions=[8])(images, texts[:1], logit_scale=SCALE)
+
+
 def test_a_prefix_beyond_the_embedding_is_an_error():
     with pytest.raises(ValueError, match=r"truncate_dim must be in 1\.\.16, got 32"):
         AlignmentLoss(mrl_dimensions=[32])(*pairs(), logit_scale=SCALE)
