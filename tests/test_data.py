@@ -238,6 +238,13 @@ def test_a_batch_is_padded_to_its_longest_caption_and_cut_to_the_tokenizers_leng
     assert ImageTextCollator(tokenizer)(items[:1])["input_ids"].shape == (1, 4)
 
 
+def test_the_captions_of_a_batch_are_tokenised_in_one_call(monkeypatch: pytest.MonkeyPatch):
+    tokenizer, calls = tiny_tokenizer(), []
+    items = [{"image": torch.zeros(3, 2, 2), "text": text, "sample_id": text, "bad_samples": []} for text in "abc"]
+    ImageTextCollator(lambda texts, **options: calls.append(texts) or tokenizer(texts, **options))(items)
+    assert calls == [["a", "b", "c"]]
+
+
 def test_bad_files_and_columns_are_one_line_that_names_them(tmp_path: Path):
     def error(path, **options) -> str:
         with pytest.raises(DataError) as caught:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from modeling_edgeglass.images import FORMATS, to_rgb
-from training.images import UndecodableImageError, decode_image
+from training.images import UndecodableImageError, decode_for_crop, decode_image
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -21,6 +21,22 @@ def pixel(data: bytes, x: int = 0, y: int = 0) -> tuple[int, int, int]:
     image = decode_image(data)
     assert image.mode == "RGB"
     return image.getpixel((x, y))
+
+
+def turned(upright: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """The picture as a camera stores it that is held otherwise, and the EXIF that says so."""
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return (upright if method is None else upright.transpose(method)), exif
 
 
 def test_transparent_pictures_lie_on_white():
@@ -45,18 +61,7 @@ def test_a_transparent_palette_colour_lies_on_white():
 def test_exif_orientation_is_applied(orientation: int):
     upright = Image.new("RGB", (6, 4), "white")
     upright.paste((255, 0, 0), (0, 0, 3, 2))
-    stored = {
-        1: upright,
-        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: upright.transpose(Image.Transpose.ROTATE_180),
-        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: upright.transpose(Image.Transpose.TRANSPOSE),
-        6: upright.transpose(Image.Transpose.ROTATE_90),
-        7: upright.transpose(Image.Transpose.TRANSVERSE),
-        8: upright.transpose(Image.Transpose.ROTATE_270),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    stored, exif = turned(upright, orientation)
     assert np.array_equal(np.array(decode_image(encode(stored, "PNG", exif=exif))), np.array(upright))
 
 
@@ -158,3 +163,53 @@ def test_ghostscript_is_never_started(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_every_format_is_one_that_pillow_knows():
     Image.init()
     assert set(FORMATS) <= set(Image.OPEN)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_is_decoded_in_the_smallest_size_that_its_crop_needs(orientation: int):
+    rng = random.Random(orientation)
+    for _ in range(60):
+        width, height, min_side = rng.randint(1, 700), rng.randint(1, 700), rng.randint(1, 60)
+        left, top = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
+        box = (left, top, rng.uniform(width / 2 + 0.1, width), rng.uniform(height / 2 + 0.1, height))
+        stored, exif = turned(Image.new("RGB", (width, height)), orientation)
+        sizes: list[tuple[int, int]] = []
+        choose_box = lambda size, box=box, sizes=sizes: (sizes.append(size), box)[1]  # noqa: E731
+        image, scaled = decode_for_crop(encode(stored, "JPEG", exif=exif), choose_box, min_side)
+        assert sizes == [(width, height)]  # full and upright
+
+        sides, scaled_sides = ([b[2] - b[0], b[3] - b[1]] for b in (box, scaled))
+        factor = round(sides[0] / scaled_sides[0])
+        assert factor in (1, 2, 4, 8)
+        assert image.size == (-(-width // factor), -(-height // factor))
+        assert scaled_sides == pytest.approx([side / factor for side in sides])
+        assert factor == 1 or min(scaled_sides) >= min_side - 1e-6
+        assert factor == 8 or min(scaled_sides) / 2 < min_side
+        assert -1e-6 <= scaled[0] < scaled[2] <= image.width + 1e-6
+        assert -1e-6 <= scaled[1] < scaled[3] <= image.height + 1e-6
+
+
+@pytest.mark.parametrize("min_side", [1, 1000])
+def test_a_truncated_jpeg_is_an_error_in_every_size(min_side: int):
+    noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG")
+    decode_for_crop(data, lambda size: (0, 0, *size), min_side)
+    for length in (len(data) // 2, len(data) - 200, 300):
+        with pytest.raises(UndecodableImageError):
+            decode_for_crop(data[:length], lambda size: (0, 0, *size), min_side)
+
+
+def test_the_limit_is_on_the_full_size_of_a_jpeg():
+    data = encode(Image.new("RGB", (80, 64)), "JPEG")
+    assert decode_for_crop(data, lambda size: (0, 0, *size), 1, max_pixels=80 * 64)[0].size == (10, 8)
+    with pytest.raises(UndecodableImageError, match="80 x 64 pixels, where 5119 are the limit"):
+        decode_for_crop(data, lambda size: (0, 0, *size), 1, max_pixels=80 * 64 - 1)
+
+
+def test_an_error_of_the_choice_of_a_crop_is_not_one_of_the_picture():
+    def choose_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
+        raise KeyError("a bug")
+
+    for format in ("JPEG", "PNG"):
+        with pytest.raises(KeyError, match="a bug"):
+            decode_for_crop(encode(Image.new("RGB", (8, 8)), format), choose_box, 1)

@@ -3,7 +3,6 @@
 import hashlib
 import random
 import re
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -18,8 +17,7 @@ from training.feature_cache import Entry, FeatureCache
 from training.images import UndecodableImageError, decode_image
 from training.parquet import ParquetPairs, ParquetPath, Row
 from training.randomness import keyed_rng
-
-Transform = Callable[[Image.Image, random.Random], Tensor]
+from training.transforms import Transform, load_pixels
 
 _MAX_REPLACEMENTS = 100  # tries to find a good row in the place of a bad one
 
@@ -161,10 +159,9 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         if not row.image_bytes:
             raise BadRowError("the picture is empty, or not embedded")
         try:
-            image = decode_image(row.image_bytes, self.max_image_pixels)
+            return load_pixels(row.image_bytes, self.image_transforms, rng, self.max_image_pixels)
         except UndecodableImageError as error:
             raise BadRowError(f"no readable picture: {printable(str(error), 200)}") from error
-        return self.image_transforms(image, rng)
 
     def blank_pixels(self) -> Tensor:
         """A white picture, transformed (3, S, S)."""

@@ -1,8 +1,8 @@
-"""From an RGB picture to `pixel_values`, on Pillow alone."""
+"""From a picture to `pixel_values`, on Pillow alone."""
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+from training.images import Box, decode_for_crop, decode_image
+
+Transform = Callable[[Image.Image, random.Random], Tensor]
 
 # Share of the picture's area and aspect ratio of a training crop. Long captions name what is at the rim, so a
 # crop keeps nearly everything; CLIP (arXiv:2103.00020, sec. 2.4) keeps 0.9 to 1 with one-line captions.
@@ -41,16 +43,45 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
         """Transform an RGB picture into float32 (3, S, S); every random draw comes from `rng`."""
-        box = random_box(image.size, rng) if self.is_training else center_box(image.size, self.image_size)
+        return self.cut(image, self.choose_box(image.size, rng), rng)
+
+    def choose_box(self, size: tuple[int, int], rng: random.Random) -> Box:
+        """The part of a picture (width, height) that is cut out; draws from `rng` before `cut` does."""
+        return random_box(size, rng) if self.is_training else center_box(size, self.image_size)
+
+    def cut(self, image: Image.Image, box: Box, rng: random.Random) -> Tensor:
+        """Resize the `box` of an RGB picture, jitter and normalise: float32 (3, S, S)."""
         size = (self.image_size, self.image_size)
         image = image.resize(size, Image.Resampling(self.resample), box=box)
         if self.is_training:
             image = jitter_color(image, rng)
             if rng.random() < self.horizontal_flip_prob:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S), 0..1
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, S, S), 0..255
         mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        return (pixels - mean[:, None, None]) / std[:, None, None]
+        return pixels.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def load_pixels(data: bytes, transform: Transform, rng: random.Random, max_pixels: int = 40_000_000) -> Tensor:
+    """Decode and transform a picture file.
+
+    For an `ImageTransform` a JPEG is decoded no larger than its crop needs. The crop and all other draws are those of
+    `transform(decode_image(data), rng)`, and so are the pixels, but for what one scaling in two steps differs from
+    one step: about one of 255 levels on photographs. Other formats give the very same pixels.
+
+    Args:
+        data: Content of a picture file.
+        transform: An `ImageTransform`, or any function of an RGB picture and a `random.Random`.
+        rng: Of this sample and epoch.
+        max_pixels: Width times height, of the full size, that is still decoded.
+
+    Raises:
+        UndecodableImageError: Says why.
+    """
+    if not isinstance(transform, ImageTransform):
+        return transform(decode_image(data, max_pixels), rng)
+    image, box = decode_for_crop(data, lambda size: transform.choose_box(size, rng), transform.image_size, max_pixels)
+    return transform.cut(image, box, rng)
 
 
 def get_image_transforms(
