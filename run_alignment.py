@@ -106,14 +106,13 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         clear_marks(output_dir)
         save_config(config, f"{output_dir}/{CONFIG}")
         save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
-    if config.dataset.cache == "disk":
-        try:
-            cache_features(config, trainer, processor, datasets, signals)
-        except CachingInterrupted:
-            if args.should_save:
-                mark_preempted(output_dir, trainer.state.global_step)
-            print("stopped by a signal; the same command goes on from the features that are kept")
-            return PREEMPTED_STATUS
+    try:
+        cache_features(config, trainer, processor, datasets, signals)
+    except CachingInterrupted:
+        if args.should_save:
+            mark_preempted(output_dir, trainer.state.global_step)
+        print("stopped by a signal; the same command goes on from the features that are kept")
+        return PREEMPTED_STATUS
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = logged_names(trainer.evaluate_unless_preempted())
     if trainer.preempted:

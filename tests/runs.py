@@ -9,7 +9,6 @@ from training.build import build_datasets, build_model, build_processor
 from training.caching import cache_features
 from training.config import load_config
 from training.identity import run_identity
-from training.signals import SignalListener
 from training.trainer import AlignmentTrainer
 
 
@@ -20,7 +19,6 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
     model = build_model(config, args.seed)
     processor = build_processor(config, model)
     data = build_datasets(config, processor, args.seed)
-    signals = SignalListener()
     trainer = AlignmentTrainer(
         model,
         args,
@@ -34,6 +32,5 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
         tower_chunk_size=config.optimization.tower_chunk_size,
         visualize=visualize,
     )
-    if config.dataset.cache == "disk":
-        cache_features(config, trainer, processor, data, signals)
+    cache_features(config, trainer, processor, data)
     return trainer

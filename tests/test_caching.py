@@ -312,7 +312,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(run_config: Path, cache_di
         write(self, shard, kept)
 
     monkeypatch.setattr(FeatureCache, "write", noting)
-    monkeypatch.setattr("tests.runs.SignalListener", StopsAfterOneFile)
+    monkeypatch.setattr("training.caching.SignalListener", StopsAfterOneFile)
     with pytest.raises(CachingInterrupted):
         make_trainer(run_config, CACHED, cache_dir)
     assert written == [("vision", 0)]

@@ -43,9 +43,9 @@ def cache_features(
     trainer: CheckpointingTrainer,
     processor: EdgeGlassProcessor,
     datasets: Mapping[str, PixmoParquetImageTextDataset],
-    signals: SignalListener,
+    signals: SignalListener | None = None,
 ) -> None:
-    """Fill the caches of `datasets` from the frozen towers of `trainer.model`, and open them.
+    """Fill the caches of `datasets` from the frozen towers of `trainer.model`, and open them; if the config says so.
 
     Each rank computes its share of the files that are missing. A cache is of these weights, this preprocessing and
     this content alone: with anything else changed there is another one.
@@ -54,6 +54,9 @@ def cache_features(
         ConfigError: The disk has not the room, or a feature is too large for `dataset.cache_dtype`.
         CachingInterrupted: A signal came.
     """
+    if config.dataset.cache == "off":
+        return
+    signals = signals or SignalListener()
     parent = Path(config.dataset.cache_dir or Path(HF_HOME) / "edgeglass")
     passes = _passes(config, trainer, processor, datasets, parent)
     todo = _of_rank_0(lambda: _find_missing(passes, parent, trainer))
