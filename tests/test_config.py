@@ -167,9 +167,41 @@ def test_a_file_that_is_no_text_is_named(path: Path):
         load_config(path)
 
 
-def test_reading_a_config_imports_no_torch():
-    script = "import sys, training.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+OWN_MISTAKES = [
+    "optimization.lr=-1",
+    "optimization.learning_rat=1",
+    "optimization.early_stopping_patience=2",  # of a run that never evaluates
+    "dataset.cache=memory",
+    "losses={contrastive: 0, mrl: 0}",
+    "vision_encoder.projection_dim=64",
+    "trainer.output_dir=null",
+    "trainer.resume=maybe",
+    "trainer.epochs=soon",
+    "trainer.epochs=0",
+    "trainer.learning_rate=3",
+]
+START = """
+import sys, run_alignment
+config, *mistakes = sys.argv[1:]
+for arguments in [["--help"], *(["--config", config, mistake] for mistake in mistakes)]:
+    sys.argv[1:] = arguments
+    try:
+        run_alignment.main()
+    except SystemExit as end:
+        print("ended:", end)
+    assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+"""
+
+
+def test_neither_help_nor_a_mistake_in_our_own_sections_waits_for_torch(path: Path):
+    path.write_text(MINIMAL.replace("out}", "out, eval_strategy: no}"))
+    command = [sys.executable, "-c", START, str(path), *OWN_MISTAKES]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, help_end, *ends = done.stdout.split("ended: ")
+    assert help_end.strip() == "0"
+    for mistake, end in zip(OWN_MISTAKES, ends, strict=True):
+        assert end.startswith(f"error: {mistake}: "), end
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

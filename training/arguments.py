@@ -21,23 +21,6 @@ from training.retrieval import RECALL_KS
 
 logger = logging.getLogger(__name__)
 
-# Fields that the trainer section does not set, and what to do instead.
-_SET_ELSEWHERE = {
-    "num_train_epochs": "set trainer.epochs instead",
-    "learning_rate": "set optimization.lr instead",
-    "weight_decay": "set optimization.weight_decay instead",
-    "adam_beta1": "set optimization.betas instead",
-    "adam_beta2": "set optimization.betas instead",
-    "max_grad_norm": "set optimization.max_grad_norm instead",
-    "warmup_steps": "set optimization.warmup_ratio instead",
-    "per_device_train_batch_size": "set dataset.batch_size instead",
-    "dataloader_drop_last": "leave it out; training takes whole batches, and evaluation every sample",
-    "hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
-    "resume_from_checkpoint": "leave it out; a run goes on from what is in trainer.output_dir",
-    "push_to_hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
-    "remove_unused_columns": "leave it out; the collator makes the model's inputs",
-}
-
 _SEED: Rule = "in 0..2^32-1", lambda value: 0 <= value < 2**32
 _RULES = {
     "trainer.seed": _SEED,
@@ -61,23 +44,17 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     train the whole run alone.
 
     Raises:
-        ConfigError: A trainer key is unknown, set elsewhere or of a wrong type, or the launcher started more
-            processes than train together.
+        ConfigError: A trainer key is unknown or of a wrong type, or the launcher started more processes than train
+            together.
     """
     options: Any = OmegaConf.to_container(cast(Any, config.trainer), resolve=True)
-    epochs, resume = options.pop("epochs", 3), options.pop("resume", "auto")
-    if resume not in ("auto", "never"):
-        raise key_error(config, "trainer.resume", f"wants auto or never, got {resume!r}")
+    epochs, _ = options.pop("epochs"), options.pop("resume")
     _check_options(config, options)
-    _check_length(config, epochs, options.get("max_steps", -1))
     _check_reporting(config, options.get("report_to"))
     best_metric = options.pop("metric_for_best_model", None) or "loss"
     _check_metric(config, best_metric)
     eval_strategy = options.get("eval_strategy", "epoch")
     save_strategy = options.get("save_strategy", eval_strategy if eval_strategy != "no" else "epoch")
-    if eval_strategy == "no" and config.optimization.early_stopping_patience is not None:
-        reason = "nothing is evaluated with trainer.eval_strategy=no"
-        raise key_error(config, "optimization.early_stopping_patience", reason)
     both_frozen = config.vision_encoder.freeze and config.text_encoder.freeze
     beta1, beta2 = config.optimization.betas
     defaults = {
@@ -142,13 +119,6 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
     )
 
 
-def _check_length(config: AlignmentConfig, epochs: Any, max_steps: int) -> None:
-    """A run takes some steps."""
-    _check_type(config, "trainer.epochs", epochs, float)
-    if max_steps <= 0:
-        check_value(config, "trainer.epochs", epochs, ("above 0", lambda value: 0 < value < float("inf")))
-
-
 def _check_reporting(config: AlignmentConfig, names: str | list[str] | None) -> None:
     """Trackers are named after their packages; Trainer would end in a traceback."""
     for name in [names] if isinstance(names, str) else names or []:
@@ -191,13 +161,11 @@ def _checked(options: dict[str, Any]) -> TrainingArguments:
 
 
 def _check_options(config: AlignmentConfig, options: dict[str, Any]) -> None:
-    """Refuse unknown keys, keys that belong elsewhere and wrong values; spell a bare YAML `no` as a strategy."""
+    """Refuse unknown keys and wrong values; spell a bare YAML `no` as a strategy."""
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in fields(TrainingArguments) if field.init]
     for name, value in options.items():
         key = f"trainer.{name}"
-        if name in _SET_ELSEWHERE:
-            raise key_error(config, key, _SET_ELSEWHERE[name])
         if name not in names:
             hint = _nearest(name, [*names, "epochs", "resume"]) or "see transformers.TrainingArguments"
             raise key_error(config, key, f"there is no such key; {hint}")

@@ -18,6 +18,23 @@ from training.errors import ConfigError, clear_write_errors
 # Of the trainer section, what a run's saved config should always tell.
 _TRAINER_DEFAULTS = {"epochs": 3, "resume": "auto", "seed": 42}
 
+# Fields that the trainer section does not set, and what to do instead.
+_SET_ELSEWHERE = {
+    "num_train_epochs": "set trainer.epochs instead",
+    "learning_rate": "set optimization.lr instead",
+    "weight_decay": "set optimization.weight_decay instead",
+    "adam_beta1": "set optimization.betas instead",
+    "adam_beta2": "set optimization.betas instead",
+    "max_grad_norm": "set optimization.max_grad_norm instead",
+    "warmup_steps": "set optimization.warmup_ratio instead",
+    "per_device_train_batch_size": "set dataset.batch_size instead",
+    "dataloader_drop_last": "leave it out; training takes whole batches, and evaluation every sample",
+    "hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
+    "resume_from_checkpoint": "leave it out; a run goes on from what is in trainer.output_dir",
+    "push_to_hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
+    "remove_unused_columns": "leave it out; the collator makes the model's inputs",
+}
+
 # ${oc.env:TOKEN} and its like would read the environment of whoever runs a stranger's config, and save it.
 _RESOLVER = re.compile(r"\$\{(?![A-Za-z0-9_.]+\})[^}:]*:?")
 
@@ -300,3 +317,23 @@ def _check(config: Any) -> None:
         raise key_error(config, "dataset.cache", "both towers train (freeze: false), so that nothing can be kept")
     if config.losses.contrastive == config.losses.mrl == 0:
         raise key_error(config, "losses.mrl", "both weights of the loss are 0, so that nothing is learned")
+    _check_trainer(config)
+
+
+def _check_trainer(config: Any) -> None:
+    """What the trainer section says in words of ours; its other keys are for `TrainingArguments` to know."""
+    trainer = config.trainer
+    for name in trainer:
+        if name in _SET_ELSEWHERE:
+            raise key_error(config, f"trainer.{name}", _SET_ELSEWHERE[name])
+    if trainer.resume not in ("auto", "never"):
+        raise key_error(config, "trainer.resume", f"wants auto or never, got {trainer.resume!r}")
+    if type(trainer.epochs) not in (int, float):
+        raise key_error(config, "trainer.epochs", f"wants float or int, got {trainer.epochs!r}")
+    max_steps = trainer.get("max_steps")
+    if not (isinstance(max_steps, int) and max_steps > 0):  # which would decide in the place of the epochs
+        check_value(config, "trainer.epochs", trainer.epochs, _ABOVE_ZERO)
+    never_evaluates = trainer.get("eval_strategy") in ("no", False)  # which YAML makes of a bare no
+    if never_evaluates and config.optimization.early_stopping_patience is not None:
+        reason = "nothing is evaluated with trainer.eval_strategy=no"
+        raise key_error(config, "optimization.early_stopping_patience", reason)
