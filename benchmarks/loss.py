@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import REPEATS, alternate, report
+from benchmarks.measure import REPEATS, alternate, peak_memory, report
 from modeling_edgeglass import AlignmentLoss
 
 DIMENSIONS = (4096, 2048, 1024, 512, 256, 128)
@@ -153,16 +153,7 @@ def assert_equal_losses_and_gradients() -> None:
 def growth_of_memory(side: str, num_pairs: int) -> float:
     """MiB by which the peak of resident memory rises in one step, in this process."""
     step(side, *make_pairs(64))  # what is loaded and set up once
-    pairs = make_pairs(num_pairs)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again, from what is in memory now
-    before = peak_of_memory()
-    step(side, *pairs)
-    return peak_of_memory() - before
-
-
-def peak_of_memory() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return peak_memory(partial(step, side, *make_pairs(num_pairs))) / 2**20
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class _PrefixInfoNCE(torch.autograd.Function):
                     _logaddexp2_(gallery_totals[k, tile.columns], logits, dim=0)
             if K * B * G <= _MAX_KEPT_PRODUCTS:
                 kept += products
-            products.clear()  # the next tile's take their memory
+            del products, logits  # the next tile's take their memory
         inputs = queries, gallery, logit_scale, query_captions, gallery_captions
         ctx.save_for_backward(*inputs, query_inverse, gallery_inverse, query_totals, gallery_totals, *kept)
         ctx.dimensions, ctx.first_match, ctx.both_ways = dimensions, first_match, both_ways
@@ -113,20 +113,21 @@ class _PrefixInfoNCE(torch.autograd.Function):
                 false_negatives = _false_negatives(query_captions, gallery_captions, tile)
                 d_block = torch.zeros_like(products[0])  # a block's products are part of its size and all larger ones
                 for k, block in reversed(list(enumerate(_blocks(ctx.dimensions)))):
-                    logits = _logits(products[k], query_scale[k, rows], gallery_inverse[k, columns], false_negatives)
+                    product = products.pop()  # of this size; its memory is free for the next
+                    logits = _logits(product, query_scale[k, rows], gallery_inverse[k, columns], false_negatives)
                     # The gradient of a cross-entropy is its softmax, less one at the match.
                     d_logits = (logits - query_totals[k, rows, None]).exp2_()
                     if ctx.both_ways:
                         d_logits += logits.sub_(gallery_totals[k, columns]).exp2_()
                     d_logits.diagonal(tile.diagonal).sub_(directions)
                     d_products = d_logits.mul_(query_weight[k, rows, None]).mul_(gallery_inverse[k, columns])
-                    radial = torch.mul(d_products, products[k], out=logits)
+                    radial = torch.mul(d_products, product, out=logits)
                     query_radial[k, rows] += radial.sum(dim=1)
                     gallery_radial[k, columns] += radial.sum(dim=0)
                     d_block += d_products
                     d_queries[rows, block].addmm_(d_block, gallery[columns, block])
                     d_gallery[columns, block].addmm_(d_block.T, queries[rows, block])
-                products.clear()
+                del product, logits, radial, d_logits, d_products, d_block  # the next tile's take their memory
             _subtract_radial_(d_queries, queries, query_radial, query_inverse, ctx.dimensions)
             _subtract_radial_(d_gallery, gallery, gallery_radial, gallery_inverse, ctx.dimensions)
         return d_queries, d_gallery, query_radial.sum() / logit_scale, None, None, None, None, None
