@@ -34,22 +34,45 @@ def naive_metrics(queries: torch.Tensor, gallery: torch.Tensor, match_ids: list[
 
 @pytest.mark.parametrize("num_ids", [30, 7, 2])  # few matches per query, some, and more than are compared one by one
 def test_metrics_are_those_of_the_naive_loop_at_every_size(num_ids: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training.retrieval, "QUERIES_PER_CHUNK", 7)
+    monkeypatch.setattr(training.retrieval, "TILE", 7)
+    monkeypatch.setattr(training.retrieval, "_MANY_MATCHES", 10)
     images, texts = pairs(30)
     match_ids = [torch.arange(30) % num_ids, torch.arange(30) // 2]
-    metrics = retrieval_metrics(images, texts, [4], match_ids)
-    for suffix, size in (("", 8), ("@4", 4)):
+    metrics = retrieval_metrics(images, texts, [4, 5, 1], match_ids)
+    for suffix, size in (("", 8), ("@5", 5), ("@4", 4), ("@1", 1)):
         prefixes = [F.normalize(embeds[:, :size], dim=-1) for embeds in (images, texts)]
         for way, (queries, gallery) in (("i2t", prefixes), ("t2i", prefixes[::-1])):
             for name, value in naive_metrics(queries, gallery, match_ids).items():
                 assert metrics[f"{way}_{name}{suffix}"] == pytest.approx(value), (way, name, suffix)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("tile", [3, 49, 50])
+@pytest.mark.parametrize("many_matches", [0, 64])  # sorted, or compared one by one
+def test_tiles_change_nothing(tile: int, many_matches: int, monkeypatch: pytest.MonkeyPatch):
     images, texts = pairs(50)
-    whole = retrieval_metrics(images, texts, [4])
-    monkeypatch.setattr(training.retrieval, "QUERIES_PER_CHUNK", 3)
-    assert retrieval_metrics(images, texts, [4]) == pytest.approx(whole)
+    match_ids = [torch.arange(50) // 3, torch.randint(40, (50,), generator=torch.Generator().manual_seed(0))]
+    whole = retrieval_metrics(images, texts, [4, 6], match_ids)
+    monkeypatch.setattr(training.retrieval, "TILE", tile)
+    monkeypatch.setattr(training.retrieval, "_MANY_MATCHES", many_matches)
+    assert retrieval_metrics(images, texts, [4, 6], match_ids) == pytest.approx(whole)
+
+
+def test_sizes_and_directions_change_nothing_in_each_other():
+    images, texts = pairs(30)
+    match_ids = [torch.arange(30) // 2]
+    together = retrieval_metrics(images, texts, [6, 4], match_ids)
+    for size in (6, 4):
+        prefixes = [F.normalize(embeds[:, :size], dim=-1) for embeds in (images, texts)]
+        alone = retrieval_metrics(*prefixes, [], match_ids)
+        assert alone == pytest.approx({name: together[f"{name}@{size}"] for name in alone})
+        back = retrieval_metrics(*prefixes[::-1], [], match_ids)
+        assert back == pytest.approx({name[2::-1] + name[3:]: value for name, value in alone.items()})
+
+
+def test_queries_that_are_asked_alone_have_the_same_ranks():
+    images, texts = pairs(30)
+    match_ids, rows = [torch.arange(30) % 7], torch.tensor([17, 3, 29, 3])
+    assert torch.equal(match_ranks(images, texts, match_ids, rows=rows), match_ranks(images, texts, match_ids)[rows])
 
 
 def test_a_perfect_model_finds_everything_and_order_does_not_matter():
@@ -60,12 +83,28 @@ def test_a_perfect_model_finds_everything_and_order_does_not_matter():
     assert retrieval_metrics(images[order], texts[order], [4]) == pytest.approx(retrieval_metrics(images, texts, [4]))
 
 
-def test_a_collapsed_model_finds_nothing():
-    constant = F.normalize(torch.ones(20, 8), dim=-1)
-    metrics = retrieval_metrics(constant, constant, [4])
+@pytest.mark.parametrize("tile", [1, 7, 1024])
+def test_a_collapsed_model_finds_nothing(tile: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training.retrieval, "TILE", tile)  # sums of the edges of a matrix are rounded otherwise
+    constant = pairs(1, dim=384)[0].expand(20, -1)
+    metrics = retrieval_metrics(constant, constant, [256, 128, 16, 1])
     for way in ("i2t", "t2i"):
-        assert metrics[f"{way}_r1"] == metrics[f"{way}_r10"] == metrics[f"{way}_r10@4"] == 0
-        assert metrics[f"{way}_medr"] == 20
+        for suffix in ("", "@256", "@128", "@16", "@1"):
+            assert metrics[f"{way}_r1{suffix}"] == metrics[f"{way}_r10{suffix}"] == 0
+            assert metrics[f"{way}_medr{suffix}"] == 20
+
+
+def test_a_prefix_of_zeros_finds_nothing():
+    images, texts = pairs(20)
+    images[:, :4] = 0
+    metrics = retrieval_metrics(images, texts, [4])
+    assert metrics["i2t_medr@4"] == metrics["t2i_medr@4"] == 20
+
+
+@pytest.mark.parametrize("size", [0, 9, -1, 2.0])
+def test_what_is_no_size_is_an_error(size: int):
+    with pytest.raises(ValueError, match=r"truncate_dim must be in 1\.\.8"):
+        retrieval_metrics(*pairs(10), [size])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

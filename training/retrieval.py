@@ -1,16 +1,28 @@
-"""Retrieval metrics: who finds whom, both ways and at every size, from embeddings that were encoded once."""
+"""Retrieval metrics: who finds whom, both ways and at every size, from embeddings that were encoded once.
 
-from collections.abc import Sequence
+A prefix's dot products are those of the next smaller one plus those of the block between them, so that all sizes
+together cost the multiplications of the largest; and a tile of them serves both directions: its rows are images that
+look for texts, its columns texts that look for images.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling_edgeglass.matryoshka import truncate_embeds
+from modeling_edgeglass.matryoshka import at_least_float32, truncate_embeds
 
-QUERIES_PER_CHUNK = 1024
+TILE = 2048  # rows and columns of similarities that are held at a time
 RECALL_KS = (1, 5, 10)
+
+# float32 sums the products of one dot product in another order at another place: what differs by less is a tie.
+_ROUNDING = 2e-6
+_NO_COSINE = -2.0  # less than any
+_MATCHED_ROWS = 256  # of the tiles on the diagonal that hold the matches: the smaller, the less is wasted
+_MANY_MATCHES = 64  # per query: from there on it is faster to sort a tile's rows than to go through them for each
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,25 @@ def retrieval_metrics(
     Raises:
         ValueError: An embedding is NaN or infinite, or a size is none.
     """
-    metrics = {}
     D = image_embeds.shape[-1]
+    sizes = sorted({D, *dimensions})
+    images, texts = _nested(image_embeds, sizes), _nested(text_embeds, sizes)
+    queries, items = _find_matches(match_ids, torch.arange(len(images), device=image_embeds.device), len(texts))
+    similarities = _match_similarities(images, texts, queries, items)
+    back = items.argsort(stable=True)  # whoever matches is matched: the same pairs, in the order of the texts
+    directions = {
+        "i2t": _AheadOfMatches(queries, similarities),
+        "t2i": _AheadOfMatches(items[back], similarities[:, back]),
+    }
+    for rows, columns, tiles in _tiles(images, texts, queries, items):
+        for i, cosines in enumerate(tiles):
+            directions["i2t"].count(i, cosines, rows.start)
+            directions["t2i"].count(i, cosines.T, columns.start)
+    metrics = {}
     for dimension in (D, *dimensions):
-        images, texts = truncate_embeds(image_embeds, dimension), truncate_embeds(text_embeds, dimension)
         suffix = "" if dimension == D else f"@{dimension}"
-        for direction, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
-            for name, value in _summarise(match_ranks(queries, gallery, match_ids)).items():
+        for direction, ahead in directions.items():
+            for name, value in _summarise(ahead.ranks(sizes.index(dimension))).items():
                 metrics[f"{direction}_{name}{suffix}"] = value
     return metrics
 
@@ -70,7 +94,7 @@ def match_ranks(
 
     Gallery item j matches query i when they are the same row, or rows with an equal id: equal captions, or
     equal pictures. Where a match and another item are just as similar the other goes first, so that a
-    collapsed model finds nothing. At no time there are more than `QUERIES_PER_CHUNK` rows of similarities.
+    collapsed model finds nothing. At no time there are more than `TILE` x `TILE` similarities.
 
     Args:
         queries: Unit vectors (N, D).
@@ -84,32 +108,164 @@ def match_ranks(
     Raises:
         ValueError: An embedding is NaN or infinite.
     """
-    if not (queries.isfinite().all() and gallery.isfinite().all()):
+    rows = torch.arange(len(queries), device=queries.device) if rows is None else rows.to(queries.device)
+    sizes = [queries.shape[-1]]
+    asking, asked = _nested(queries, sizes)[rows], _nested(gallery, sizes)
+    lines, items = _find_matches(match_ids, rows, len(gallery))
+    ahead = _AheadOfMatches(lines, _match_similarities(asking, asked, lines, items))
+    for tile_rows, _, (cosines,) in _tiles(asking, asked, lines, items):
+        ahead.count(0, cosines, tile_rows.start)
+    return ahead.ranks(0)
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """Embeddings (N, D), and the lengths (K, N) of their prefixes of K sizes, the smallest first."""
+
+    embeds: Tensor
+    lengths: Tensor
+    sizes: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: Tensor | slice) -> "_Nested":
+        return _Nested(self.embeds[rows], self.lengths[:, rows], self.sizes)
+
+
+def _nested(embeds: Tensor, sizes: Sequence[int]) -> _Nested:
+    if not all(rows.isfinite().all() for rows in embeds.split(TILE)):  # of all at once would take a copy of them
         raise ValueError("embeddings are NaN or infinite, so that nothing can be ranked: training has diverged")
-    items = torch.arange(len(queries), device=queries.device)
-    rows = items if rows is None else rows
-    match_ids = [items, *(ids.to(queries.device) for ids in match_ids)]
-    chunks = [_rank_chunk(chunk, queries, gallery, match_ids) for chunk in rows.split(QUERIES_PER_CHUNK)]
-    most = max(chunk.shape[1] for chunk in chunks)
-    padded = [torch.nn.functional.pad(chunk, (0, most - chunk.shape[1]), value=float("inf")) for chunk in chunks]
-    return torch.cat(padded)
+    for size in sizes:
+        truncate_embeds(embeds[:0], size)  # refuses what is no size
+    embeds = at_least_float32(embeds)
+    lengths = [embeds[:, :size].norm(dim=1).clamp_min(1e-12) for size in sizes]  # as F.normalize does
+    return _Nested(embeds, torch.stack(lengths), sizes)
 
 
-def _rank_chunk(chunk: Tensor, queries: Tensor, gallery: Tensor, match_ids: Sequence[Tensor]) -> Tensor:
-    similarities = queries[chunk] @ gallery.T  # (C, N)
-    matches = torch.zeros_like(similarities, dtype=torch.bool)
+def _cosines(queries: _Nested, gallery: _Nested) -> Iterator[Tensor]:
+    """Similarities (Q, G) at one size after the other; each is overwritten by the next."""
+    products = queries.embeds.new_zeros(len(queries), len(gallery))
+    cosines = torch.empty_like(products)
+    for i, (start, end) in enumerate(pairwise([0, *queries.sizes])):
+        products.addmm_(queries.embeds[:, start:end], gallery.embeds[:, start:end].T)
+        torch.div(products, gallery.lengths[i], out=cosines)
+        yield cosines.div_(queries.lengths[i].unsqueeze(1))
+
+
+def _find_matches(match_ids: Sequence[Tensor], rows: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """All matches as pairs: numbers of `rows` (P,), in ascending order, and the items (P,) that match them."""
+    numbers = torch.arange(len(rows), device=rows.device)
+    pairs = [numbers * num_items + rows]
     for ids in match_ids:
-        matches |= ids[chunk].unsqueeze(1) == ids
-    most = int(matches.sum(dim=1).max())
-    nothing = float("-inf")
-    best = similarities.masked_fill(~matches, nothing).topk(most, dim=1).values  # (C, M), -inf where there are fewer
-    others = similarities.masked_fill_(matches, nothing)
-    if most <= 8:
-        ahead = torch.stack([(others >= match.unsqueeze(1)).sum(dim=1) for match in best.unbind(dim=1)], dim=1)
-    else:  # a pass per match would cost more than to sort once
-        ahead = others.shape[1] - torch.searchsorted(others.sort(dim=1).values, best)
-    matches_ahead = torch.arange(1, most + 1, device=chunk.device)
-    return (ahead + matches_ahead).double().masked_fill(best == nothing, float("inf"))
+        ordered, items = ids.to(rows.device).sort()
+        wanted = ids.to(rows.device)[rows]
+        start = torch.searchsorted(ordered, wanted)
+        count = torch.searchsorted(ordered, wanted, right=True) - start
+        lines = numbers.repeat_interleave(count)
+        nth = torch.arange(len(lines), device=rows.device) - (count.cumsum(0) - count)[lines]
+        pairs.append(lines * num_items + items[start[lines] + nth])
+    distinct = torch.cat(pairs).unique()
+    return distinct // num_items, distinct % num_items
+
+
+def _match_similarities(queries: _Nested, gallery: _Nested, lines: Tensor, items: Tensor) -> Tensor:
+    """Similarities (K, P) of the pairs that match."""
+    similarities = queries.embeds.new_empty(len(queries.sizes), len(lines))
+    for rows, window in _windows(lines, len(queries), min(TILE, _MATCHED_ROWS)):
+        columns, places = items[window].unique(return_inverse=True)
+        for part in _slices(len(columns), TILE):
+            here = _within(places, part)
+            row, column = lines[window][here] - rows.start, places[here] - part.start
+            for i, cosines in enumerate(_cosines(queries[rows], gallery[columns[part]])):
+                similarities[i, window][here] = cosines[row, column]
+    return similarities
+
+
+def _tiles(
+    queries: _Nested, gallery: _Nested, lines: Tensor, items: Tensor
+) -> Iterator[tuple[slice, slice, Iterator[Tensor]]]:
+    """Similarities tile by tile, and of each size by size, without those of the pairs that match."""
+    nothing = torch.tensor(_NO_COSINE, dtype=queries.embeds.dtype, device=lines.device)
+    for rows, window in _windows(lines, len(queries), TILE):
+        for columns in _slices(len(gallery), TILE):
+            here = _within(items[window], columns)
+            matches = lines[window][here] - rows.start, items[window][here] - columns.start
+            sizes = _cosines(queries[rows], gallery[columns])
+            yield rows, columns, (cosines.index_put_(matches, nothing) for cosines in sizes)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _windows(lines: Tensor, num_lines: int, step: int) -> list[tuple[slice, slice]]:
+    """Every `step` lines, and where the pairs of these lines are."""
+    tiles = _slices(num_lines, step)
+    stops = torch.searchsorted(lines, torch.tensor([tile.stop for tile in tiles], device=lines.device))
+    return list(zip(tiles, map(slice, [0, *stops[:-1].tolist()], stops.tolist()), strict=True))
+
+
+def _within(numbers: Tensor, part: slice) -> Tensor:
+    return ((numbers >= part.start) & (numbers < part.stop)).nonzero().flatten()
+
+
+class _AheadOfMatches:
+    """How many items that do not match are at least as similar to a query as each of its matches.
+
+    Args:
+        lines: The queries (P,) of the pairs that match, in ascending order; each has one at least.
+        similarities: Of these pairs (K, P), at K sizes.
+    """
+
+    def __init__(self, lines: Tensor, similarities: Tensor) -> None:
+        self.lines = lines
+        self.thresholds = similarities - _ROUNDING
+        self.ahead = torch.zeros_like(similarities)
+        self.num_matches = lines.bincount()
+        self.is_first = lines.diff(prepend=lines.new_tensor([-1])) > 0
+        self.windows = {tile.start: window for tile, window in _windows(lines, len(self.num_matches), TILE)}
+
+    def count(self, size: int, cosines: Tensor, start: int) -> None:
+        """Add those of a tile (Q, G) at size number `size`, whose first row is query `start`."""
+        window = self.windows[start]
+        lines, is_first = self.lines[window] - start, self.is_first[window]
+        thresholds, ahead = self.thresholds[size, window], self.ahead[size, window]
+        if len(lines) == len(cosines):  # a match each
+            ahead += _count_reaching(cosines, thresholds)
+            return
+        ahead[is_first] += _count_reaching(cosines, thresholds[is_first])
+        cosines, more = cosines.contiguous(), (~is_first).nonzero().flatten()
+        if len(more) > _MANY_MATCHES * len(cosines):
+            ahead[more] += _count_reaching_by_sorting(cosines, lines[more], thresholds[more])
+            return
+        for part in more.split(len(cosines)):
+            ahead[part] += _count_reaching(cosines[lines[part]], thresholds[part])
+
+    def ranks(self, size: int) -> Tensor:
+        """Ranks (Q, M) of the matches, the best first; infinity where a query has fewer than M."""
+        order = self.ahead[size].argsort()
+        order = order[self.lines[order].argsort(stable=True)]
+        first = self.num_matches.cumsum(0) - self.num_matches
+        place = torch.arange(len(self.lines), device=order.device) - first[self.lines]
+        ranks = self.ahead.new_full((len(first), int(self.num_matches.max())), float("inf"), dtype=torch.double)
+        ranks[self.lines, place] = self.ahead[size, order].double() + place + 1
+        return ranks
+
+
+def _count_reaching(cosines: Tensor, thresholds: Tensor) -> Tensor:
+    """How many of each row (Q, G) reach the row's threshold (Q,)."""
+    reaching = torch.empty_like(cosines)  # numbers, which sum up several times as fast as booleans
+    return torch.ge(cosines, thresholds.unsqueeze(1), out=reaching).sum(dim=1)
+
+
+def _count_reaching_by_sorting(cosines: Tensor, lines: Tensor, thresholds: Tensor) -> Tensor:
+    """How many of row `lines[p]` reach `thresholds[p]` (P,), for many p."""
+    # Rows 4 apart are one ordered sequence: cosines are within 2 of 0.
+    shift = 4.0 * torch.arange(len(cosines), dtype=torch.double, device=lines.device)
+    ordered = (cosines.sort(dim=1).values + shift.unsqueeze(1)).flatten()
+    below = torch.searchsorted(ordered, thresholds + shift[lines])
+    return ((lines + 1) * cosines.shape[1] - below).to(thresholds.dtype)
 
 
 def _summarise(ranks: Tensor) -> dict[str, float]:
