@@ -27,7 +27,7 @@ from training.retrieval import RECALL_KS, retrieval_metrics
 PAIRS, D, SMALLER = 10_000, 4096, (2048, 1024, 512, 256, 128)
 NOISE = 19.0  # length of the noise beside a signal of length 1
 CHUNK = 1024  # queries, as large as ours
-REPEATS = 3
+REPEATS = 5
 
 
 def main() -> None:

@@ -36,9 +36,15 @@ def main() -> None:
     if unknown := set(options.benchmarks) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {unknown.pop()!r}; there are {', '.join(BENCHMARKS)}")
     started, start = datetime.now(UTC), time.monotonic()
-    results = [result for name in options.benchmarks or BENCHMARKS for result in run(name)]
+    results, failed = [], []
+    for name in options.benchmarks or BENCHMARKS:
+        found, status = run(name)
+        results += found
+        failed += [name] if status else []
     missed = [result["name"] for result in results if not result["holds"]]
     print(f"{len(results)} results in {time.monotonic() - start:.0f} s; bounds missed: {', '.join(missed) or 'none'}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; nothing is written")
     if options.benchmarks:
         return
     environment = describe_environment(started, 1)
@@ -51,8 +57,8 @@ def main() -> None:
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n\n{conditions(environment, seconds)}\n{END}{after}")
 
 
-def run(name: str) -> list[dict[str, Any]]:
-    """The results of a benchmark, which are also shown as they come."""
+def run(name: str) -> tuple[list[dict[str, Any]], int]:
+    """The results of a benchmark, which are also shown as they come, and its status."""
     command = ["python", f"benchmarks/{name}.py"]
     print(f"$ {' '.join(command)}", flush=True)
     results = []
@@ -62,9 +68,7 @@ def run(name: str) -> list[dict[str, Any]]:
             if line.startswith('{"name"'):
                 print(line, end="", flush=True)
                 results.append({**json.loads(line), "command": " ".join(command)})
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
-    return results
+    return results, process.returncode
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
