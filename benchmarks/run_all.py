@@ -52,9 +52,7 @@ def main() -> None:
     environment["packages"] |= {name: importlib.metadata.version(name) for name in PEERS}
     seconds = round(time.monotonic() - start)
     RESULTS.write_text(json.dumps({**environment, "seconds": seconds, "results": results}, indent=2) + "\n")
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n\n{conditions(environment, seconds)}\n{END}{after}")
+    write_table(results, environment, seconds)
 
 
 def run(name: str) -> tuple[list[dict[str, Any]], int]:
@@ -71,12 +69,23 @@ def run(name: str) -> tuple[list[dict[str, Any]], int]:
     return results, process.returncode
 
 
+def write_table(results: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], seconds: int) -> None:
+    """Put the table in its place in the document."""
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n\n{conditions(environment, seconds)}\n{END}{after}")
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Results as a table in Markdown."""
-    lines = ["| what | ours | peer | unit | peer is | ratio | bound | |", "|---|---:|---:|---|---|---:|---|---|"]
+    lines = [
+        "| what | ours | peer | unit | peer is | ratio | bound | | command |",
+        "|---|---:|---:|---|---|---:|---|---|---|",
+    ]
     for result in results:
-        cells = [result["name"], result["ours"], result["peer"], result["unit"], result["peer_is"], result["ratio"]]
-        cells += [result["bound"], "holds" if result["holds"] else "**missed**"]
+        ratio = "" if "ratio_is" in result else result["ratio"]  # the bound is then about ours
+        cells = [result["name"], result["ours"], result["peer"], result["unit"], result["peer_is"], ratio]
+        cells += [result["bound"], "holds" if result["holds"] else "**missed**", f"`{result['command']}`"]
         lines.append(
             "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
         )

@@ -8,7 +8,7 @@ import pytest
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def python_blocks() -> list[str]:
@@ -35,5 +35,4 @@ def test_python_blocks_run(block: str, vision_dir: str, text_dir: str, tmp_path:
 def test_what_the_documents_link_to_exists(path: Path):
     text = path.read_text()
     links = re.findall(r"\]\((?!http|#)([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    assert links
     assert all((path.parent / link).exists() for link in links)
