@@ -24,6 +24,7 @@ from training.config import load_config
 from training.errors import ConfigError
 from training.feature_cache import Entry, FeatureCache
 from training.signals import SignalListener
+from training.visualization import sample_evaluation
 
 CACHED = "dataset.cache=disk"
 
@@ -280,6 +281,19 @@ def test_bad_rows_are_known_from_the_cache_and_replaced_by_the_same_rows(run_con
     before, after = uncached.evaluate(), cached.evaluate()
     assert before["eval_bad_rows"] == after["eval_bad_rows"] == 3
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-3)
+
+
+def test_figures_show_the_same_pictures_and_weights(run_config: Path, cache_dir: str):
+    samples = []
+    for options in ((), (CACHED, cache_dir)):
+        trainer = make_trainer(run_config, *options)
+        trainer.evaluate()
+        samples.append(sample_evaluation(trainer.encoded, {}, trainer.model, step=0, seed=0))
+    uncached, cached = samples
+    assert torch.equal(cached.attended, uncached.attended)
+    assert torch.equal(cached.attention, uncached.attention)
+    assert torch.equal(cached.pictures, uncached.pictures)
+    assert cached.captions == uncached.captions
 
 
 def test_a_damaged_cache_is_repaired_to_the_same_bits_and_nothing_else_is_touched(run_config: Path, cache_dir: str):

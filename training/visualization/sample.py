@@ -134,7 +134,7 @@ def _attention(
     transform = dataset.image_transforms
     if model.vision_encoder.pooling is None or not isinstance(transform, ImageTransform):
         return none
-    pixel_values = torch.stack([dataset[row]["image"] for row in rows])  # (A, 3, S, S)
+    pixel_values = torch.stack([dataset.pixels(dataset.pairs[row], dataset.view_rng(0, row)) for row in rows])
     try:
         weights = model.vision_encoder.attention_map(pixel_values.to(model.device)).float().cpu()
     except ValueError as error:  # a tower whose tokens have no places
