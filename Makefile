@@ -7,6 +7,7 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
+RUNS := tests/test_run.py tests/test_ranks.py
 
 .PHONY: demo bench test format clean
 
@@ -21,8 +22,8 @@ test: .venv/installed
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n logical --ignore=tests/test_run.py
-	$(BIN)/pytest tests/test_run.py # runs of several processes: they want the cores for themselves
+	$(BIN)/pytest -n logical $(addprefix --ignore=,$(RUNS))
+	$(BIN)/pytest $(RUNS) # of several processes: they want the cores for themselves
 
 bench: .venv/installed | examples/towers
 	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[bench]"

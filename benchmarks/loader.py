@@ -14,6 +14,7 @@ model and workers share the cores, the workers take `core_seconds_of_loading` pe
 import argparse
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.decode import cpu_seconds, photograph
-from benchmarks.measure import alternate, report
+from benchmarks.measure import REPEATS, alternate, report, seconds
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
 from training.batches import EpochSampler, ImageTextCollator
 from training.build import image_transforms
@@ -41,7 +42,7 @@ from training.transforms import load_pixels
 TOWERS = Path(__file__).parents[1] / "examples" / "towers"
 VISION, TEXT = str(TOWERS / "efficientnet-lite0"), str(TOWERS / "all-minilm-l6-v2")
 NUM_ROWS, NUM_FILES, SIZE = 256, 32, (1024, 768)
-BATCH_SIZE, NUM_WORKERS, STEPS, WARM_UP = 16, 2, 24, 3
+BATCH_SIZE, NUM_WORKERS, STEPS, WARM_UP = 16, 2, 6, 3  # steps of one of several rounds
 WORDS = ("a", "the", "old", "red", "house", "tree", "river", "street", "light", "behind", "under", "and", "of")
 
 
@@ -57,13 +58,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = PixmoParquetImageTextDataset(write_pairs(Path(folder) / "pairs.parquet", files), transform)
         waiting, total = train(EdgeGlassModel.from_vision_text_pretrained(VISION, TEXT), dataset, processor)
-        loaded = STEPS * BATCH_SIZE / wait_alone(dataset, processor)
+        loaded = BATCH_SIZE / wait_alone(dataset, processor)
         decoding, batching = cost(files, dataset, processor)
     conditions = {"batch_size": BATCH_SIZE, "workers": NUM_WORKERS, "cores": os.cpu_count(), "pictures": "1024 x 768"}
     report(
         "loader/share of time the model waits",
-        ours=waiting / STEPS,
-        peer=total / STEPS,
+        ours=waiting,
+        peer=total,
         unit="s per step",
         peer_is="the whole step",
         ratio=waiting / total,
@@ -74,10 +75,10 @@ def main() -> None:
     report(
         "loader/pictures",
         ours=loaded,
-        peer=STEPS * BATCH_SIZE / (total - waiting),
+        peer=BATCH_SIZE / (total - waiting),
         unit="pictures/s",
         peer_is="what the model takes when it does not wait",
-        ratio=loaded * (total - waiting) / STEPS / BATCH_SIZE,
+        ratio=loaded * (total - waiting) / BATCH_SIZE,
         bound=">= 1",
         **conditions,
     )
@@ -96,12 +97,12 @@ def main() -> None:
 def train(
     model: EdgeGlassModel, dataset: PixmoParquetImageTextDataset, processor: EdgeGlassProcessor
 ) -> tuple[float, float]:
-    """Seconds of `STEPS` steps that were spent waiting for the next batch, and all of them."""
+    """Seconds of a step that are spent waiting for the next batch, and all of them; medians over rounds of steps."""
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-4)
     model.train()
     batches = endless(dataset, processor)
-    waiting = total = 0.0
-    for step in range(WARM_UP + STEPS):
+    steps = []
+    for step in range(WARM_UP + REPEATS * STEPS):
         start = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
@@ -110,21 +111,18 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step >= WARM_UP:
-            waiting += arrived - start
-            total += time.perf_counter() - start
+        steps.append((arrived - start, time.perf_counter() - start))
+    rounds = torch.tensor(steps[WARM_UP:]).view(REPEATS, STEPS, 2).mean(dim=1)
+    waiting, total = rounds.median(dim=0).values.tolist()
     return waiting, total
 
 
 def wait_alone(dataset: PixmoParquetImageTextDataset, processor: EdgeGlassProcessor) -> float:
-    """Seconds for `STEPS` batches when nothing is done with them."""
+    """Seconds for a batch when nothing is done with it."""
     batches = endless(dataset, processor)
     for _ in islice(batches, 4 * NUM_WORKERS):  # what was loaded ahead
         pass
-    start = time.perf_counter()
-    for _ in islice(batches, STEPS):
-        pass
-    return time.perf_counter() - start
+    return statistics.median(seconds(lambda: list(islice(batches, STEPS))) for _ in range(REPEATS)) / STEPS
 
 
 def cost(
@@ -134,7 +132,7 @@ def cost(
     torch.set_num_threads(1)  # as in a worker
     collate = ImageTextCollator(processor.tokenizer)
     rng = random.Random(0)
-    seconds = alternate(
+    taken = alternate(
         {
             "decoding": lambda: [load_pixels(data, dataset.image_transforms, rng) for data in files],
             "batching": lambda: [
@@ -144,7 +142,7 @@ def cost(
         },
         measure=cpu_seconds,
     )
-    return seconds["decoding"] / len(files), seconds["batching"] / len(files)
+    return taken["decoding"] / len(files), taken["batching"] / len(files)
 
 
 def endless(dataset: PixmoParquetImageTextDataset, processor: EdgeGlassProcessor) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,6 @@ DIMENSIONS = (4096, 2048, 1024, 512, 256, 128)
 SCALE = 1 / 0.07  # CLIP's first
 THREADS = 2
 LARGE = 8192
-REPEATS_OF_LARGE = 3  # a pair of runs takes more than 20 s
 CONDITIONS = {"D": DIMENSIONS[0], "sizes": DIMENSIONS, "dtype": "float32", "threads": THREADS}
 CLIP = "textbook CLIP loss, full size alone"
 MATRYOSHKA = "sentence-transformers' MatryoshkaLoss, six sizes"
@@ -66,15 +65,17 @@ def main() -> None:
 
 def report_large() -> None:
     sides = ("all sizes", "clip")
-    memory = [
-        float(subprocess.check_output([sys.executable, __file__, side, str(LARGE)], text=True)) for side in sides
-    ]
+    processes = {
+        side: partial(subprocess.check_output, [sys.executable, __file__, side, str(LARGE)]) for side in sides
+    }
+    grown = alternate(processes, measure=lambda run: float(run()), warm_up=False)
+    memory = [grown[side] for side in sides]
     pairs = make_pairs(LARGE)
-    medians = alternate({side: partial(step, side, *pairs) for side in sides}, repeats=REPEATS_OF_LARGE)
+    medians = alternate({side: partial(step, side, *pairs) for side in sides})
     time = [medians[side] for side in sides]
-    for name, unit, (ours, peer), bound, repeats in (
-        ("peak memory", "MiB", memory, "<= 0.25", 1),
-        ("time", "s", time, "<= 2", REPEATS_OF_LARGE),
+    for name, unit, (ours, peer), bound in (
+        ("peak memory", "MiB", memory, "<= 0.25"),
+        ("time", "s", time, "<= 2"),
     ):
         report(
             f"loss/{name} by one full-size loss, B={LARGE}",
@@ -85,7 +86,7 @@ def report_large() -> None:
             ratio=ours / peer,
             bound=bound,
             B=LARGE,
-            repeats=repeats,
+            repeats=REPEATS,
             **CONDITIONS,
         )
 

@@ -6,7 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+K = TypeVar("K")
 
 REPEATS = 5  # of each side; medians are compared
 
@@ -19,18 +21,19 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[K, Callable[[], Any]],
     *,
     repeats: int = REPEATS,
-    measure: Callable[[Callable[[], object]], float] = seconds,
-) -> dict[str, float]:
-    """Median of what `measure` says of each of `runs`, taken in turn, after one call of each to warm up.
+    measure: Callable[[Callable[[], Any]], float] = seconds,
+    warm_up: bool = True,
+) -> dict[K, float]:
+    """Median of what `measure` says of each of `runs`, taken in turn, by default after one call of each to warm up.
 
     What else the machine does then falls on all alike.
     """
-    for run in runs.values():
+    for run in runs.values() if warm_up else ():
         run()
-    values: dict[str, list[float]] = {name: [] for name in runs}
+    values: dict[K, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             values[name].append(measure(run))

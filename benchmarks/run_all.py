@@ -83,9 +83,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "|---|---:|---:|---|---|---:|---|---|---|",
     ]
     for result in results:
-        ratio = "" if "ratio_is" in result else result["ratio"]  # the bound is then about ours
-        cells = [result["name"], result["ours"], result["peer"], result["unit"], result["peer_is"], ratio]
-        cells += [result["bound"], "holds" if result["holds"] else "**missed**", f"`{result['command']}`"]
+        cells = [result[key] for key in ("name", "ours", "peer", "unit", "peer_is", "ratio", "bound")]
+        cells += ["holds" if result["holds"] else "**missed**", f"`{result['command']}`"]
         lines.append(
             "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
         )

@@ -114,3 +114,15 @@ def run_config(vision_dir: str, text_dir: str, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pictures or captions to a file of a feature cache."""
+    monkeypatch.setattr("training.feature_cache.ENTRIES_PER_SHARD", 8)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)

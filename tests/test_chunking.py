@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel
 from modeling_edgeglass.chunking import run_in_chunks
+from tests.interruptions import what_is_left
 from tests.runs import make_trainer
-from tests.test_recovery import what_is_left
 
 
 @pytest.fixture
@@ -95,18 +95,16 @@ def test_running_statistics_take_every_chunk_in_once():
     torch.testing.assert_close(chunked[0].weight.grad, naive[0].weight.grad)
 
 
-def test_only_one_chunk_is_alive_at_a_time():
-    alive: list[int] = []
-
-    class Tower(nn.Module):
-        def forward(self, rows: Tensor) -> Tensor:
-            alive.append(len(rows))
-            return rows * 2
-
-    rows = torch.ones(5, 3, requires_grad=True)
-    run_in_chunks(Tower(), 2, rows).sum().backward()
-    assert alive == [2, 2, 1] * 2 or alive == [2, 2, 1]  # again in the backward pass only where that needs it
-    assert torch.equal(rows.grad, torch.full((5, 3), 2.0))
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_activation_of_a_tower_is_kept_for_the_backward_pass(chunk_size: int | None):
+    tower, inputs = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), torch.randn(6, 8)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        run_in_chunks(tower, chunk_size, inputs)
+    hidden = [value for value in kept if value.shape[-1:] == (16,)]
+    assert bool(hidden) == (chunk_size is None)
+    if chunk_size is not None:
+        assert sum(value.numel() for value in kept) <= inputs.numel()  # the inputs alone, to run again
 
 
 def test_a_run_in_chunks_ends_as_one_without(run_config: Path):

@@ -11,8 +11,8 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.commands import METRICS, ROOT
 from tests.runs import make_trainer
-from tests.test_run import METRICS, ROOT
 from tests.wandb_files import read_records
 from training.errors import ConfigError
 from training.tracking import AlignmentWandbCallback, run_id

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tests.interruptions import EVERY_THIRD_STEP, TRAINED, AtStep, copies, poison, what_is_left
 from tests.runs import make_trainer
-from tests.test_recovery import EVERY_THIRD_STEP, TRAINED, AtStep, copies, poison, what_is_left
 from training.checkpoints import newest_checkpoint
 from training.errors import SickTrainingError
 from training.trainer import AlignmentTrainer

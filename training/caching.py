@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -193,7 +193,7 @@ def _passes(
     }
     passes: list[_Pass] = []
     for split, dataset in datasets.items():
-        origin = {"content": fingerprint(dataset.pairs.files), "max_image_pixels": dataset.max_image_pixels}
+        origin = {"content": dataset.pairs.fingerprint, "max_image_pixels": dataset.max_image_pixels}
         if "vision" in towers:
             views = config.dataset.cache_views if split == "train" else 0
             dataset.views = max(1, views)
@@ -247,7 +247,7 @@ def _find_missing(passes: Sequence[_Pass], parent: Path, trainer: CheckpointingT
     return todo
 
 
-def _of_rank_0(find: Any) -> Any:
+def _of_rank_0(find: Callable[[], list[list[int]]]) -> list[list[int]]:
     """What rank 0 finds, or its error, on every rank."""
     found: list[Any] = [None]
     if rank() == 0:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ ENTRIES_PER_SHARD = 512  # what is lost when a run is killed while it writes
 
 _FORMAT = 1  # of the files, and of what is in them
 _INT8_MAX = 127
+_ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,10 @@ class FeatureCache:
         with clear_write_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                (self.folder / "origin.json").write_text(self._description)
+                (self.folder / _ORIGIN).write_text(self._description)
                 self._mark_path(shard).unlink(missing_ok=True)
                 save_file(tensors, aside)
+                shutil.copymode(self.folder / _ORIGIN, aside)  # safetensors lets nobody else read it
                 sync(aside)
                 aside.replace(path)
                 self._mark(shard, checksum(path), defects)

@@ -14,7 +14,6 @@ from training.checkpoints import read_identity
 from training.config import AlignmentConfig
 from training.data import PixmoParquetImageTextDataset
 from training.errors import CheckpointError
-from training.files import fingerprint
 
 # Keys that may change between the sessions of a run: how long it is, where it lies and what it says meanwhile.
 # Paths of data are not compared, their content is.
@@ -56,9 +55,7 @@ def run_identity(
         for key, value in keys.items()
         if f"{section}.{key}" not in _FREE_KEYS and not f"{section}.{key}".startswith(_FREE_PREFIXES)
     }
-    identity |= {
-        f"content of dataset.{split}_parquet": fingerprint(data[split].pairs.files) for split in ("train", "val")
-    }
+    identity |= {f"content of dataset.{split}_parquet": data[split].pairs.fingerprint for split in ("train", "val")}
     for name in ("vision_encoder", "text_encoder"):
         encoder: Any = model.get_submodule(name)
         if encoder.freeze:

@@ -5,6 +5,7 @@ import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import types
 
 from training.errors import DataError
+from training.files import fingerprint
 
 # Names that a column is found by, the first match first: PixMo's, datasets', img2dataset's.
 IMAGE_COLUMNS = ("image_bytes", "image", "jpg")
@@ -110,6 +112,11 @@ class ParquetPairs:
 
     def _id(self, index: int, stored: Mapping[str, Any]) -> str:
         return str(index if self._sample_id is None else stored[self._sample_id])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files, see `training.files.fingerprint`; taken once."""
+        return fingerprint(self.files)
 
     def where(self, index: int) -> tuple[str, int]:
         """The file of a row, and its number there, from 0."""
