@@ -27,7 +27,7 @@ from training.feature_cache import Entry, FeatureCache  # noqa: E402
 from training.retrieval import retrieval_metrics  # noqa: E402
 from training.trainer import AlignmentTrainer  # noqa: E402
 
-IMAGE_SIZE, BATCH_SIZE, TRAIN_PAIRS, RECALL_PAIRS, EPOCHS = 224, 128, 1024, 512, 10
+IMAGE_SIZE, BATCH_SIZE, TRAIN_PAIRS, RECALL_PAIRS, EPOCHS = 224, 128, 768, 512, 10
 STEPS = 8  # of kept features, against one that runs the towers
 
 

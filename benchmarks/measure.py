@@ -1,8 +1,11 @@
 """What all benchmarks share: ours and a peer in one run, alternating, and the result as one JSON line."""
 
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +82,13 @@ def peak_memory(run: Callable[[], object]) -> int:
     before = _peak()
     run()
     return _peak() - before
+
+
+def in_fresh_process(script: str, *arguments: object) -> float:
+    """The number that a script prints last. glibc gives back at once what is freed: what is resident is in use."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *map(str, arguments)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def _peak() -> int:

@@ -159,7 +159,9 @@ def attention_map(pictures: Sequence[np.ndarray] | np.ndarray, weights: Tensor) 
         show(top, picture)
         show(bottom, weight)
         bottom.images[0].set(cmap=HEAT, clim=(1 - spread, 1 + spread), interpolation="nearest")
-    figure.colorbar(grid[1, -1].images[0], ax=grid, shrink=0.7, label="weight of a token\n(1: as in the plain mean)")
+    heat = grid[1, -1].images[0]
+    bar = figure.colorbar(heat, ax=grid, shrink=0.7, label="weight of a token\n(1: as in the plain mean)")
+    bar.ax.set_ylim(bottom=max(0.0, 1 - spread))  # no weight is negative
     title_top(figure, "Pictures as the model sees them, and where its pooling looks")
     return figure
 
