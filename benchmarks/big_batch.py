@@ -3,9 +3,9 @@
     python benchmarks/big_batch.py
 
 The demo's real towers: the picture tower trains, at 32 pixels; of the captions kept features are pooled. Each side is
-one training step of `EdgeGlassModel` in a process of its own. Memory is the peak of resident memory above what was there before the step, less the batch,
-its embeddings and their gradients, which grow with any batch. glibc is told to give back at once what is freed, so
-that resident is what is in use. Prints one JSON line.
+one training step of `EdgeGlassModel` in a process of its own. Memory is the peak of resident memory above what was
+there before the step, less the batch, its embeddings and their gradients, which grow with any batch. glibc is told to
+give back at once what is freed, so that resident is what is in use. Prints one JSON line.
 """
 
 import argparse
