@@ -6,6 +6,7 @@ Any key of the config can be set behind it as key=value. The output directory ge
 checkpoints, the best model with its processor in model/, and final_metrics.json.
 
 With dataset.cache=disk frozen towers run once, and what they give is kept for all epochs and further runs.
+With optimization.init=spectral training starts from the closed form, and with trainer.epochs=0 that is all.
 
 A run that was cut off goes on from its newest whole checkpoint when the same command is given again, and ends with
 the same bits. SIGTERM or Ctrl-C: it saves after the step, leaves preempted.json and exits with status 75.
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 
 from training.config import AlignmentConfig, load_config, save_config
 from training.errors import UserError
-from training.signals import SignalListener
+from training.signals import Interrupted, SignalListener
 
 
 def main() -> None:
@@ -57,11 +58,12 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
 
     from training.arguments import build_training_arguments
     from training.build import build_datasets, build_model, build_processor
-    from training.caching import CachingInterrupted, cache_features
+    from training.caching import cache_features
     from training.cpu import prepare_cpu
     from training.environment import describe_environment, save_environment
     from training.history import logged_names
     from training.identity import run_identity
+    from training.initialization import initialize
     from training.results import (
         CONFIG,
         FINAL_METRICS,
@@ -108,10 +110,12 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
     try:
         cache_features(config, trainer, processor, datasets, signals)
-    except CachingInterrupted:
+        if checkpoint is None:
+            initialize(config, trainer)
+    except Interrupted:
         if args.should_save:
             mark_preempted(output_dir, trainer.state.global_step)
-        print("stopped by a signal; the same command goes on from the features that are kept")
+        print("stopped by a signal before the first step; the same command goes on from what is kept")
         return PREEMPTED_STATUS
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = logged_names(trainer.evaluate_unless_preempted())
@@ -125,7 +129,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         save_model(model, processor, output_dir)
         save_metrics(metrics, f"{output_dir}/{FINAL_METRICS}")
         best, metric = trainer.loaded_best_step, str(args.metric_for_best_model).removeprefix("eval_")
-        print(f"model of step {best}, the best val/{metric}" if best else "model of the last step")
+        print("model of the last step" if best is None else f"model of step {best}, the best val/{metric}")
         print(recall_table(metrics, (model.config.projection_dim, *model.config.mrl_dimensions)))
         print(f"model: {output_dir}/model   metrics: {output_dir}/{FINAL_METRICS}")
     if trainer.is_world_process_zero():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 Modality = Literal["vision", "text"]
@@ -21,6 +22,9 @@ SUPPORTED_BACKBONES = {
 }
 
 _MAIN_INPUT = {"vision": "pixel_values", "text": "input_ids"}
+
+# What vision models call the embedding of a token that stands for the picture.
+_FIRST_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 # What configs call the width of last_hidden_state: most models, staged convolutional ones, EfficientNet.
 _WIDTH_KEYS = ("hidden_size", "hidden_sizes", "hidden_dim")
@@ -126,6 +130,14 @@ def hidden_size(config: PreTrainedConfig) -> int:
     raise ValueError(
         f"{type(config).__name__} tells no token width: none of {', '.join(_WIDTH_KEYS)}; use {supported}"
     )
+
+
+def has_first_token(backbone: PreTrainedModel) -> bool:
+    """Whether the first token stands for the whole picture or text, as CLS does; read from architecture alone."""
+    if backbone.main_input_name == _MAIN_INPUT["vision"]:
+        return any(name.endswith(_FIRST_TOKENS) for name, _ in backbone.named_parameters())
+    # Models that are trained to fill masks begin every text with such a token.
+    return backbone.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def max_positions(backbone: PreTrainedModel) -> int | None:

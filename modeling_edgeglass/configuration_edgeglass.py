@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-POOLING_TYPES = ("simple", "multihead")
+POOLING_TYPES = ("simple", "multihead", "statistics")
 
 
 class EdgeGlassConfig(PreTrainedConfig):
@@ -19,7 +19,8 @@ class EdgeGlassConfig(PreTrainedConfig):
             falling order. Any other size works too, these are the ones that the loss sees.
         vision_use_attention_pooling: Learned pooling over the vision tokens; False takes the backbone's own
             pooled output, or the mean of its tokens where it has none.
-        vision_pooling_type: `"simple"` (one layer of attention) or `"multihead"` (several learned queries).
+        vision_pooling_type: `"simple"` (one layer of attention), `"multihead"` (several learned queries) or
+            `"statistics"` (attention-weighted mean and deviation, maximum, and CLS token where there is one).
         vision_freeze: Keep the vision backbone as it was pretrained: no gradients, always in eval mode.
         vision_name_or_path: Where the vision backbone came from, for the record.
         vision_revision: Commit, tag or branch that it was loaded from.

@@ -2,13 +2,13 @@
 
 import inspect
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbones import SUPPORTED_BACKBONES, Modality, hidden_size
+from .backbones import SUPPORTED_BACKBONES, Modality, has_first_token, hidden_size
 from .matryoshka import truncate_embeds
 from .pooling import build_pooling, masked_mean
 
@@ -34,8 +34,11 @@ class _Encoder(nn.Module):
         self.hidden_size = hidden_size(backbone.config)
         self.freeze = freeze
         self.backbone = backbone
-        self.pooling = build_pooling(pooling_type, self.hidden_size) if use_attention_pooling else None
-        self.projection = nn.Linear(self.hidden_size, projection_dim)
+        self.pooling: Any = None
+        if use_attention_pooling:
+            self.pooling = build_pooling(pooling_type, self.hidden_size, has_first_token=has_first_token(backbone))
+        self.pooled_size = self.hidden_size if self.pooling is None else self.pooling.output_size
+        self.projection = nn.Linear(self.pooled_size, projection_dim)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "_Encoder":
@@ -53,12 +56,18 @@ class _Encoder(nn.Module):
         """Pool and project features (B, N, hidden_size) to unit vectors (B, projection_dim), in float32.
 
         Args:
-            features: What `features` gives, in any precision.
+            features: What `features` gives, in any precision; or what `pool` gives (B, pooled_size).
             attention_mask: 1 for a real token, 0 for padding (B, N); None takes all as real.
         """
+        return truncate_embeds(self.projection(self.pool(features, attention_mask)), None)
+
+    def pool(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pool features (B, N, hidden_size) to one vector per sample (B, pooled_size); what is pooled stays so."""
         features = features.to(self.projection.weight.dtype)
+        if features.ndim == 2:
+            return features
         pool = masked_mean if self.pooling is None else self.pooling
-        return truncate_embeds(self.projection(pool(features, attention_mask)), None)
+        return pool(features, attention_mask)
 
     def _run_backbone(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D), and the backbone's own pooled output (B, D) where it has one."""
@@ -90,7 +99,7 @@ class VisionEncoder(_Encoder):
         backbone: Vision model whose `last_hidden_state` is tokens (B, N, D) or a feature map (B, D, H, W).
         projection_dim: Size of the full embedding.
         use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the tokens' mean.
-        pooling_type: `"simple"` or `"multihead"`.
+        pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
         freeze: Keep the backbone as it is: no gradients, always in eval mode.
     """
 
@@ -103,7 +112,7 @@ class VisionEncoder(_Encoder):
 
         Args:
             pixel_values: The pictures (B, 3, S, S).
-            features: What `features` gave for them, in their place.
+            features: What `features` or `pool` gave for them, in their place.
         """
         if features is None:
             assert pixel_values is not None
@@ -139,7 +148,7 @@ class VisionEncoder(_Encoder):
             raise ValueError("use_attention_pooling is false: there are no learned weights to show")
         tokens, _ = self._look_at(pixel_values)
         tokens = tokens.to(self.projection.weight.dtype)
-        weights: Tensor = cast(Any, self.pooling).attention_weights(tokens)  # (B, N)
+        weights: Tensor = self.pooling.attention_weights(tokens)  # (B, N)
         height, width = self._grid(weights.shape[1], pixel_values.shape[2:])
         return weights[:, -height * width :].unflatten(1, (height, width))
 
@@ -164,7 +173,7 @@ class TextEncoder(_Encoder):
         backbone: Text model whose `last_hidden_state` is tokens (B, N, D), an encoder or a causal model.
         projection_dim: Size of the full embedding.
         use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the masked mean.
-        pooling_type: `"simple"` or `"multihead"`.
+        pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
         freeze: Keep the backbone as it is: no gradients, always in eval mode.
     """
 
@@ -178,7 +187,7 @@ class TextEncoder(_Encoder):
         Args:
             input_ids: Token ids (B, L), padded left or right.
             attention_mask: 1 for a real token, 0 for padding (B, L); None takes all as real.
-            features: What `features` gave for them, in the place of `input_ids`; the mask is then theirs.
+            features: What `features` or `pool` gave for them, in the place of `input_ids`; the mask is then theirs.
         """
         if features is None:
             assert input_ids is not None

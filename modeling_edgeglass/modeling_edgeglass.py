@@ -278,9 +278,10 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             attention_mask: 1 for a real token, 0 for padding (B, L).
             return_loss: Also return the loss of the pairs (picture i, caption i).
             step: Optimizer step, which decides the Matryoshka size; None counts the training calls instead.
-            image_features: What `vision_encoder.features` gave (B, N, D), in the place of `pixel_values`.
-            text_features: What `text_encoder.features` gave (B, L, D), in the place of `input_ids`;
-                `attention_mask` is then of these.
+            image_features: What `vision_encoder.features` gave (B, N, D), or `pool` of it, in the place of
+                `pixel_values`.
+            text_features: What `text_encoder.features` gave (B, L, D), or `pool` of it, in the place of
+                `input_ids`; `attention_mask` is then of these.
             caption_ids: One integer per caption (B,), equal where the captions are; None takes hashes of `input_ids`.
             tower_chunk_size: Samples that pass a tower at once; see `run_in_chunks`. None takes all.
 

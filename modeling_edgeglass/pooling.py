@@ -3,7 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .matryoshka import at_least_float32
+
+_ROUNDING = 1e-6  # of a float32, relative: eight units in the last place
 
 
 def clear_padding(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -29,6 +34,7 @@ class SimpleAttentionPooling(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        self.output_size = hidden_size
         self.score = nn.Parameter(torch.empty(hidden_size))
         self.reset_parameters()
 
@@ -60,6 +66,53 @@ class SimpleAttentionPooling(nn.Module):
         return scores.softmax(dim=-1).masked_fill(padding, 0.0)  # an all-padding row pools to zeros, not NaN
 
 
+class StatisticsPooling(SimpleAttentionPooling):
+    """Mean, standard deviation, maximum and first token side by side, each and together of unit length.
+
+    Attentive statistics pooling (arXiv:1803.10963, eq. 5 and 6): mean and deviation are weighted by a learned
+    attention, here of one layer, which starts uniform. The maximum and the token that a tower made to stand for the
+    whole add what a mean blurs. A part that is all zeros, as the deviation of a single token, stays zero.
+
+    Args:
+        hidden_size: Width D of a token.
+        has_first_token: The first real token stands for all (CLS), and is a part of its own.
+
+    Attributes:
+        output_size: Width of the pooled vector: 3 D, or 4 D with a first token. The mean comes first.
+    """
+
+    def __init__(self, hidden_size: int, *, has_first_token: bool = False) -> None:
+        super().__init__(hidden_size)
+        self.has_first_token = has_first_token
+        self.output_size = (4 if has_first_token else 3) * hidden_size
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Pool `tokens` (B, N, D) into one vector per sample (B, 3 D or 4 D).
+
+        Args:
+            tokens: Token features (B, N, D).
+            attention_mask: 1 for a real token, 0 for padding (B, N); None keeps every token.
+
+        Returns:
+            Pooled features, of unit length; zeros where every token is padding.
+        """
+        padding, tokens = clear_padding(tokens, attention_mask)
+        tokens = at_least_float32(tokens)
+        weights = self._weights(padding, tokens).to(tokens.dtype).unsqueeze(-1)  # (B, N, 1)
+        mean = (weights * tokens).sum(dim=1)  # a product of matrices would be in half precision under autocast
+        variance = (weights * (tokens - mean.unsqueeze(1)).square()).sum(dim=1)
+        # What rounding leaves of constant tokens is none, and the square root has no gradient at zero.
+        is_real = variance > _ROUNDING**2 * (weights * tokens.square()).sum(dim=1)
+        deviation = torch.where(is_real, variance, 1.0).sqrt().masked_fill(~is_real, 0.0)
+        lowest = tokens.masked_fill(padding.unsqueeze(-1), torch.finfo(tokens.dtype).min)
+        all_padding = padding.all(dim=1, keepdim=True)
+        parts = [mean, deviation, lowest.amax(dim=1).masked_fill(all_padding, 0.0)]
+        if self.has_first_token:
+            first = (~padding).long().argmax(dim=1)  # padding may stand in front
+            parts.append(tokens[torch.arange(len(tokens), device=tokens.device), first])
+        return F.normalize(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), dim=-1)
+
+
 class AttentionPooling(nn.Module):
     """Multi-head attention with several learned queries, whose answers are averaged.
 
@@ -81,6 +134,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+        self.output_size = hidden_size
         self.norm = nn.LayerNorm(hidden_size)
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
@@ -140,8 +194,13 @@ def masked_mean(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return tokens.sum(dim=1) / (~padding).sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def build_pooling(pooling_type: str, hidden_size: int) -> nn.Module:
-    """The pooling layer called `pooling_type` for tokens of width `hidden_size`.
+def build_pooling(pooling_type: str, hidden_size: int, *, has_first_token: bool = False) -> nn.Module:
+    """The pooling layer called `pooling_type` for tokens of width `hidden_size`; its `output_size` is what it gives.
+
+    Args:
+        pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
+        hidden_size: Width D of a token.
+        has_first_token: The first token stands for all, as a CLS token does.
 
     Raises:
         ValueError: There is no pooling of that name.
@@ -150,4 +209,6 @@ def build_pooling(pooling_type: str, hidden_size: int) -> nn.Module:
         return SimpleAttentionPooling(hidden_size)
     if pooling_type == "multihead":
         return AttentionPooling(hidden_size)
-    raise ValueError(f"pooling_type must be simple or multihead, got {pooling_type!r}")
+    if pooling_type == "statistics":
+        return StatisticsPooling(hidden_size, has_first_token=has_first_token)
+    raise ValueError(f"pooling_type must be simple, multihead or statistics, got {pooling_type!r}")

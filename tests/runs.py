@@ -9,6 +9,7 @@ from training.build import build_datasets, build_model, build_processor
 from training.caching import cache_features
 from training.config import load_config
 from training.identity import run_identity
+from training.initialization import initialize
 from training.trainer import AlignmentTrainer
 
 
@@ -33,4 +34,5 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
         visualize=visualize,
     )
     cache_features(config, trainer, processor, data)
+    initialize(config, trainer)
     return trainer

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from modeling_edgeglass import EdgeGlassModel, TextEncoder, VisionEncoder
-from modeling_edgeglass.backbones import hidden_size, load_backbone, longest_text, max_positions
+from modeling_edgeglass.backbones import has_first_token, hidden_size, load_backbone, longest_text, max_positions
 from tests.towers import TINY, tiny_efficientnet
 
 VISION = {"image_size": 64, "patch_size": 16}
@@ -142,18 +142,36 @@ def test_halves_of_a_composite_are_the_composites_own(build, tmp_path):
     assert torch.equal(text(input_ids=input_ids).last_hidden_state, expected)
 
 
-def test_a_pair_of_any_towers_survives_saving(tmp_path):
+@pytest.mark.parametrize("pooling_type", ["simple", "statistics"])
+def test_a_pair_of_any_towers_survives_saving(pooling_type: str, tmp_path):
     siglip().save_pretrained(tmp_path / "siglip")
     TEXT_MODELS["t5"]().save_pretrained(tmp_path / "t5")
     for vision, text in (("siglip", "siglip"), ("siglip", "t5")):  # T5's embedding is tied to another
         model = EdgeGlassModel.from_vision_text_pretrained(
-            str(tmp_path / vision), str(tmp_path / text), projection_dim=64, mrl_dimensions=[16]
+            str(tmp_path / vision),
+            str(tmp_path / text),
+            projection_dim=64,
+            mrl_dimensions=[16],
+            vision_pooling_type=pooling_type,
+            text_pooling_type=pooling_type,
         ).eval()
         model.save_pretrained(tmp_path / "pair")
         loaded, report = EdgeGlassModel.from_pretrained(tmp_path / "pair", output_loading_info=True)
         assert not report["missing_keys"]  # load_model refuses a model that lacks any
         inputs = {"pixel_values": torch.randn(2, 3, 64, 64), "input_ids": torch.randint(3, 99, (2, 20))}
         torch.testing.assert_close(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
+def test_towers_with_a_token_for_the_whole_are_told_from_those_without(vision_backbone: PreTrainedModel):
+    with_token = ("ViTModel", "CLIPVisionModel", "Dinov2Model")
+    assert has_first_token(vision_backbone) == (type(vision_backbone).__name__ in with_token)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_texts_begin_with_a_token_for_the_whole_where_models_fill_masks(name: str, tmp_path):
+    TEXT_MODELS[name]().save_pretrained(tmp_path)
+    found = has_first_token(load_backbone("text", str(tmp_path)))
+    assert found == (name in ("bert", "mpnet", "roberta", "modernbert"))
 
 
 @pytest.mark.parametrize(("name", "positions"), [("bert", 20), ("roberta", 20), ("mpnet", 20), ("clip", 20)])

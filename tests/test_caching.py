@@ -18,12 +18,11 @@ from run_alignment import align
 from tests.conftest import flip_a_bit, write_pairs
 from tests.interruptions import AtStep, Killed, assert_equal_bits, kill, what_is_left
 from tests.runs import make_trainer
-from training.caching import CachingInterrupted
 from training.checkpoints import newest_checkpoint
 from training.config import load_config
 from training.errors import ConfigError
 from training.feature_cache import FeatureCache
-from training.signals import SignalListener
+from training.signals import Interrupted, SignalListener
 from training.visualization import sample_evaluation
 
 CACHED = "dataset.cache=disk"
@@ -216,7 +215,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(run_config: Path, cache_di
 
     monkeypatch.setattr(FeatureCache, "write", noting)
     monkeypatch.setattr("training.caching.SignalListener", StopsAfterOneFile)
-    with pytest.raises(CachingInterrupted):
+    with pytest.raises(Interrupted):
         make_trainer(run_config, CACHED, cache_dir)
     assert written == [("vision", 0)]
     monkeypatch.undo()

@@ -110,3 +110,20 @@ def test_a_cache_is_of_its_origin_size_and_type(tmp_path: Path):
     }
     assert len(folders) == 5
     assert new_cache(tmp_path, weights=1).folder in folders
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_pooled_features_are_vectors_and_what_is_bad_stays_bad(dtype: str, tmp_path: Path):
+    cache = FeatureCache(tmp_path, "vision", {}, 5, dtype, is_pooled=True)
+    vectors = [features[0] for features in random_features([1] * 5)]
+    kept = entries([*vectors[:2], None, *vectors[3:]])
+    cache.write(0, kept)
+    assert cache.missing_shards() == []
+    for place, vector in enumerate(vectors):
+        found = cache[place]
+        if place == 2:
+            assert (found.features, found.defect) == (None, "broken")
+        else:
+            assert found.features is not None
+            torch.testing.assert_close(found.features.float(), vector, rtol=1e-2, atol=0.2)
+    assert cache.blank().shape == (16,)

@@ -189,7 +189,7 @@ def test_bf16_autocast_trains_with_a_float32_loss(model: EdgeGlassModel, batch):
         ({"projection_dim": 0}, "projection_dim must be positive, got 0"),
         ({"mrl_dimensions": [32, 64]}, r"mrl_dimensions must lie in 1\.\.63, got 64"),
         ({"mrl_dimensions": [0]}, r"mrl_dimensions must lie in 1\.\.63, got 0"),
-        ({"vision_pooling_type": "max"}, "pooling_type must be one of simple, multihead, got 'max'"),
+        ({"vision_pooling_type": "max"}, "pooling_type must be one of simple, multihead, statistics, got 'max'"),
     ],
 )
 def test_impossible_configs_are_errors(change: dict, message: str):

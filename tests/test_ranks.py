@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from run_alignment import last_words
 from tests.commands import BIN, METRICS, evaluated_again, final_metrics, in_background, run_alignment, start, wait_for
+from tests.conftest import write_pairs
 from tests.interruptions import assert_equal_bits, assert_equal_tensors, with_batch_norms
+from tests.runs import make_trainer
 from training.batches import EpochSampler
 from training.checkpoints import newest_checkpoint
 from training.errors import DataError
@@ -118,6 +120,25 @@ def test_two_ranks_export_the_best_model_also_when_they_were_terminated(run_conf
     again = evaluated_again(folder)
     for name in METRICS | {"val/loss"}:
         assert again[name] == pytest.approx(final_metrics(folder)[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("num_pairs", [60, 200])  # batches of 64: one rank has none, or both have two
+def test_two_ranks_start_spectrally_where_one_does(num_pairs: int, run_config: Path):
+    write_pairs(run_config.parent / "train.parquet", num_pairs)
+    folder = run_config.parent / "run"
+    options = ["optimization.init=spectral", "vision_encoder.pooling_type=statistics", "trainer.disable_tqdm=true"]
+    two_ranks(run_config, folder, "start", *options)
+    left, other = (torch.load(folder / f"left-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in left.items():
+        assert torch.equal(value, other[name]), name
+    alone = make_trainer(run_config, *options).trained_state_dict()
+    torch.testing.assert_close(left["logit_scale"], alone["logit_scale"])
+    for size in (8, 16, 24):  # a direction has no sign, the product of both sides has none
+        of_two, of_one = (
+            state["vision_encoder.projection.weight"][:size].T @ state["text_encoder.projection.weight"][:size]
+            for state in (left, alone)
+        )
+        torch.testing.assert_close(of_two, of_one, atol=1e-4 * float(of_one.abs().max()), rtol=1e-3)
 
 
 FROM_A_WORKER = """Caught DataError in DataLoader worker process 0.

@@ -1,7 +1,8 @@
 """A rank of a two-process run that torchrun starts: two_ranks.py CONFIG OUTPUT_DIR MODE [key=value ...].
 
-MODE is whole, terminated or killed, which happens to one rank alone; nan, where one rank's loss is; or statistics,
-where every rank leaves its model as it is after an evaluation in the middle of training.
+MODE is whole, terminated or killed, which happens to one rank alone; nan, where one rank's loss is; statistics,
+where every rank leaves its model as it is after an evaluation in the middle of training; or start, where every rank
+leaves its model as it is before training.
 """
 
 import os
@@ -26,6 +27,10 @@ def main() -> None:
     trainer = make_trainer(Path(config), *TRAINED, *EVERY_THIRD_STEP, f"trainer.output_dir={output_dir}", *overrides)
     rank = trainer.args.process_index
     left = output_dir / f"left-{rank}.pt"
+    if mode == "start":
+        torch.save(trainer.trained_state_dict(), left)
+        trainer.accelerator.end_training()
+        return
     if rank == 1 and mode in ("terminated", "killed"):
         number = {"terminated": signal.SIGTERM, "killed": signal.SIGKILL}[mode]
         trainer.add_callback(AtStep(STEP, lambda: os.kill(os.getpid(), number)))

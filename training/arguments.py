@@ -64,6 +64,7 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         **({"save_steps": options["eval_steps"]} if "eval_steps" in options else {}),
         "save_total_limit": 2,
         "load_best_model_at_end": "no" not in (eval_strategy, save_strategy),
+        "eval_on_start": config.optimization.init == "spectral" and eval_strategy != "no",
         "metric_for_best_model": best_metric,
         # Trainer takes what does not end in "loss" for a score.
         "greater_is_better": not any(part in best_metric for part in ("loss", "medr", "bad_rows")),

@@ -28,7 +28,8 @@ class ImageTextCollator:
 
         Returns:
             `pixel_values` (B, 3, S, S), or `image_features` (B, N, D) of items that have them; `input_ids` (B, L), or
-            `text_features` (B, L, D); `attention_mask` (B, L) of these; `token_hashes` (B,), equal where the tokens
+            `text_features` (B, L, D); `attention_mask` (B, L) of these; pooled features are (B, D), without mask;
+            `token_hashes` (B,), equal where the tokens
             are; the lists `sample_ids` and `bad_samples`; for evaluation also `image_ids`, `caption_ids` and
             `is_valid` (B,).
         """
@@ -45,9 +46,11 @@ class ImageTextCollator:
             batch |= tokenize(self.tokenizer, column("text"))
             batch["token_hashes"] = hash_captions(batch["input_ids"], batch["attention_mask"])
         else:
-            batch["text_features"] = pad_sequence(column("text_features"), batch_first=True)
-            lengths = torch.tensor([len(features) for features in column("text_features")])
-            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+            features = column("text_features")
+            batch["text_features"] = pad_sequence(features, batch_first=True)
+            if features[0].ndim == 2:
+                lengths = torch.tensor([len(tokens) for tokens in features])
+                batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
             batch["token_hashes"] = torch.tensor(column("token_hash"))
         batch["sample_ids"] = column("sample_id")
         batch["bad_samples"] = [bad for found in column("bad_samples") for bad in found]

@@ -21,7 +21,7 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
     """
     vision, text, losses = config.vision_encoder, config.text_encoder, config.losses
     try:
-        return EdgeGlassModel.from_vision_text_pretrained(
+        model = EdgeGlassModel.from_vision_text_pretrained(
             vision.model_name,
             text.model_name,
             vision_revision=vision.revision,
@@ -44,6 +44,11 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.dataset.cache == "pooled":
+        for encoder in (model.vision_encoder, model.text_encoder):
+            if encoder.freeze and encoder.pooling is not None:
+                encoder.pooling.requires_grad_(False)  # what it pooled is kept
+    return model
 
 
 def build_processor(config: AlignmentConfig, model: EdgeGlassModel) -> EdgeGlassProcessor:

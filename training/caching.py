@@ -26,16 +26,12 @@ from training.errors import ConfigError, UserError, told_by_each_rank
 from training.feature_cache import ENTRIES_PER_SHARD, Entry, FeatureCache
 from training.files import fingerprint
 from training.identity import weights_checksum
-from training.signals import SignalListener, heed_parent_alone
+from training.signals import Interrupted, SignalListener, heed_parent_alone
 
 _BATCH_SIZE = 64  # of the towers' passes; fixed, because the last bits of features depend on it
 _SAMPLED_CAPTIONS = 256  # that tell how long captions are
 
 Batch = dict[str, Tensor]
-
-
-class CachingInterrupted(Exception):  # noqa: N818 - no error
-    """A signal came; what is written stays, and the same command goes on from there."""
 
 
 def cache_features(
@@ -52,7 +48,7 @@ def cache_features(
 
     Raises:
         ConfigError: The disk has not the room, or a feature is too large for `dataset.cache_dtype`.
-        CachingInterrupted: A signal came.
+        Interrupted: A signal came.
     """
     if config.dataset.cache == "off":
         return
@@ -79,7 +75,7 @@ class _Pass(Dataset[tuple[Any, int]]):
         raise NotImplementedError
 
     def encode(self, trainer: CheckpointingTrainer, batch: Batch) -> Iterator[tuple[Tensor, int]]:
-        """Features without padding (N, D), and the token hash, of each item."""
+        """Features without padding (N, D), or pooled (D,), and the token hash, of each item."""
         raise NotImplementedError
 
     def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
@@ -110,12 +106,15 @@ class _Pictures(_Pass):
         encoder = cast(EdgeGlassModel, trainer.model).vision_encoder
         with torch.no_grad(), trainer.accelerator.autocast():
             features = encoder.features(batch["pixel_values"].to(trainer.args.device))
-        for tokens in features.cpu():
-            yield tokens, 0
+            if self.cache.is_pooled:
+                features = encoder.pool(features)
+        for kept in features.cpu():
+            yield kept, 0
 
     def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
-        (features, _), *_ = self.encode(trainer, self.collate([self.dataset.blank_pixels()]))
-        return len(features) * self.cache.bytes_per_token(features.shape[1])
+        (kept, _), *_ = self.encode(trainer, self.collate([self.dataset.blank_pixels()]))
+        tokens = torch.atleast_2d(kept)
+        return len(tokens) * self.cache.bytes_per_token(tokens.shape[1])
 
     def attach(self) -> None:
         self.dataset.image_cache = self.cache
@@ -158,14 +157,18 @@ class _Captions(_Pass):
             ids, mask = input_ids[chunk][:, columns].to(device), batch["attention_mask"][chunk][:, columns].to(device)
             with torch.no_grad(), trainer.accelerator.autocast():
                 features, mask = encoder.features(ids, mask)
-            for place, tokens, keep in zip(chunk.tolist(), features.cpu(), mask.bool().cpu(), strict=True):
-                found[place] = tokens[keep]
+                if self.cache.is_pooled:
+                    features = encoder.pool(features, mask)
+            for place, kept, is_real in zip(chunk.tolist(), features.cpu(), mask.bool().cpu(), strict=True):
+                found[place] = kept if self.cache.is_pooled else kept[is_real]
         yield from zip(found, hash_captions(input_ids, batch["attention_mask"]).tolist(), strict=True)
 
     def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
+        encoder = cast(EdgeGlassModel, trainer.model).text_encoder
+        if self.cache.is_pooled:
+            return self.cache.bytes_per_token(encoder.pooled_size)
         sampled = range(0, len(self.dataset), -(-len(self.dataset) // _SAMPLED_CAPTIONS))
         captions = [item for item, _ in map(self.__getitem__, sampled) if isinstance(item, str)] or [""]
-        encoder = cast(EdgeGlassModel, trainer.model).text_encoder
         tokens = self.collate(captions)["attention_mask"].sum().item() / len(captions)
         return tokens * self.cache.bytes_per_token(encoder.hidden_size)
 
@@ -181,12 +184,14 @@ def _passes(
     parent: Path,
 ) -> list[_Pass]:
     model, dtype = cast(EdgeGlassModel, trainer.model), config.dataset.cache_dtype
+    is_pooled = config.dataset.cache == "pooled"
     towers = {
         name: {
             "weights": weights_checksum(encoder.backbone.state_dict()),
             "config": encoder.backbone.config.to_json_string(),
             "pooled by": "itself" if encoder.pooling is None else "us",
             "autocast": str(trainer.accelerator.mixed_precision),
+            **({"pooling": _pooling_hash(encoder.pooling)} if is_pooled else {}),
         }
         for name, encoder in (("vision", model.vision_encoder), ("text", model.text_encoder))
         if encoder.freeze
@@ -200,15 +205,25 @@ def _passes(
             seen = {"column": dataset.pairs.image_column, "transform": repr(dataset.image_transforms)}
             drawn = {"views": views, "seed": dataset.seed} if views else {}
             cache = FeatureCache(
-                parent, "vision", towers["vision"] | origin | seen | drawn, len(dataset) * dataset.views, dtype
+                parent,
+                "vision",
+                towers["vision"] | origin | seen | drawn,
+                len(dataset) * dataset.views,
+                dtype,
+                is_pooled,
             )
             passes.append(_Pictures(f"{split} pictures" + (f" in {views} views" if views else ""), dataset, cache))
         if "text" in towers:
             read = {"column": dataset.pairs.caption_column, "max_text_length": dataset.max_text_length}
             read["tokenizer"] = _saved_hash(processor.tokenizer)
-            cache = FeatureCache(parent, "text", towers["text"] | origin | read, len(dataset) + 1, dtype)
+            cache = FeatureCache(parent, "text", towers["text"] | origin | read, len(dataset) + 1, dtype, is_pooled)
             passes.append(_Captions(f"{split} captions", dataset, cache, processor.tokenizer))
     return passes
+
+
+def _pooling_hash(pooling: torch.nn.Module | None) -> str:
+    """What tells a pooling layer, and its weights, from another one."""
+    return "mean" if pooling is None else f"{type(pooling).__name__} {weights_checksum(pooling.state_dict())}"
 
 
 def _saved_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -242,7 +257,8 @@ def _find_missing(passes: Sequence[_Pass], parent: Path, trainer: CheckpointingT
     if needed > free:
         raise ConfigError(
             f"the features need about {needed:.2f} GB, and {parent} has {free:.2f} GB free: name another "
-            "dataset.cache_dir, take dataset.cache_dtype=int8 or fewer dataset.cache_views, or set dataset.cache=off"
+            "dataset.cache_dir, take dataset.cache=pooled, dataset.cache_dtype=int8 or fewer dataset.cache_views, or "
+            "set dataset.cache=off"
         )
     return todo
 
@@ -266,7 +282,7 @@ def _fill(work: _Pass, missing: Sequence[int], trainer: CheckpointingTrainer, si
     """Write the missing files, each rank its share; all ranks stop together.
 
     Raises:
-        CachingInterrupted: Some rank got a signal.
+        Interrupted: Some rank got a signal.
         UserError: Of this rank, or that another has one.
     """
     mine = missing[rank() :: world_size()]
@@ -285,7 +301,7 @@ def _fill(work: _Pass, missing: Sequence[int], trainer: CheckpointingTrainer, si
             if any_error:
                 raise error or ConfigError("the features cannot be kept without the rank that has an error")
             if any_signal:
-                raise CachingInterrupted
+                raise Interrupted
             done += new
             if rank() == 0 and not is_shown:
                 tqdm.write(f"features of {work.title}: {done} of {total}")

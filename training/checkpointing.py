@@ -108,8 +108,10 @@ class CheckpointingTrainer(Trainer):
     def _note_best_checkpoint(self) -> None:
         """On every rank, because each of them loads the best model at the end."""
         best, step = self.state.best_global_step, self.state.global_step
-        best_path = checkpoint_path(str(self.args.output_dir), best) if best else None
-        if best_path is not None and (best == step or best_path.exists()):
+        if best is None:
+            return
+        best_path = checkpoint_path(str(self.args.output_dir), best)
+        if best == step or best_path.exists():
             self.state.best_model_checkpoint = str(best_path)
 
     def _save_state(self, folder: Path) -> None:

@@ -53,7 +53,7 @@ class DatasetConfig:
     on_bad_sample: str = "replace"  # undecodable picture, empty caption: replace by another sample | raise
     max_bad_fraction: float = 0.05  # 0..1, share of a file's rows; more bad ones stop the run
     max_image_pixels: int = 40_000_000  # width x height; larger pictures count as bad
-    cache: str = "off"  # disk: features of frozen towers are computed once and kept | off
+    cache: str = "off"  # of frozen towers, computed once: disk keeps tokens, pooled what pooling starts as | off
     cache_dir: str | None = None  # None: edgeglass/ in Hugging Face's cache directory, HF_HOME
     cache_dtype: str = "float16"  # float16 | bfloat16 | int8, which has a scale per token
     cache_views: int = 0  # random views of a picture that are kept, one drawn per epoch; 0: evaluation's own alone
@@ -72,7 +72,7 @@ class EncoderConfig:
     projection_dim: int = 4096  # size of the full embedding; both towers must agree
     mrl_dimensions: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # both towers must agree
     use_attention_pooling: bool = True  # False: the backbone's own pooled output, or the mean of its tokens
-    pooling_type: str = "simple"  # simple | multihead
+    pooling_type: str = "simple"  # simple | multihead | statistics
     freeze: bool = True  # False also trains the backbone
 
 
@@ -102,8 +102,11 @@ class LossesConfig:
 
 @dataclass
 class OptimizationConfig:
-    """AdamW, warm-up, then cosine to zero."""
+    """The start; then AdamW, warm-up, cosine to zero."""
 
+    init: str = "random"  # of the projections: random | spectral, the closed form after one pass over the pairs
+    spectral_ridge: Any = "auto"  # two numbers, vision and text, by the mean variance; auto: by pairs held out
+    spectral_power: Any = "auto"  # of the correlations that weight directions; auto: by pairs held out
     lr: float = 2.0e-4  # peak learning rate
     weight_decay: float = 0.01  # of weight matrices alone
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -136,7 +139,8 @@ def at_least(lowest: float) -> Rule:
 
 def one_of(*names: str) -> Rule:
     """One of some words."""
-    return " or ".join(names), lambda value: value in names
+    *before, last = names
+    return f"{', '.join(before)} or {last}", lambda value: value in names
 
 
 def _or_null(rule: Rule) -> Rule:
@@ -149,12 +153,22 @@ def _are_paths(value: Any) -> bool:
     return len(paths) > 0 and all(isinstance(path, str) and path.strip() for path in paths)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _are_two(value: Any) -> bool:
+    return OmegaConf.is_list(value) and len(value) == 2 and all(map(_is_number, value))
+
+
 _ABOVE_ZERO: Rule = "above 0", lambda value: 0 < value < math.inf
 _SHARE: Rule = "in 0..1", lambda value: 0 <= value <= 1
 _BELOW_ONE: Rule = "in 0..1 and below 1", lambda value: 0 <= value < 1
 _BETAS: Rule = "two numbers in 0..1 and below 1", lambda value: len(value) == 2 and all(map(_BELOW_ONE[1], value))
+_RIDGE: Rule = "auto, or two numbers of 0 or more", lambda value: value == "auto" or _are_two(value)
+_POWER: Rule = "auto, or 0 or more", lambda value: value == "auto" or _is_number(value)
 _PATHS: Rule = "a file, a glob, or a list of them", _are_paths
-POOLING = one_of("simple", "multihead")  # POOLING_TYPES of modeling_edgeglass, which would import torch
+POOLING = one_of("simple", "multihead", "statistics")  # POOLING_TYPES of modeling_edgeglass, which would import torch
 
 _RULES = {
     "dataset.train_parquet": _PATHS,
@@ -167,7 +181,7 @@ _RULES = {
     "dataset.on_bad_sample": one_of("replace", "raise"),
     "dataset.max_bad_fraction": _SHARE,
     "dataset.max_image_pixels": at_least(1),
-    "dataset.cache": one_of("off", "disk"),
+    "dataset.cache": one_of("off", "disk", "pooled"),
     "dataset.cache_dtype": one_of("float16", "bfloat16", "int8"),  # DTYPES of training.feature_cache
     "dataset.cache_views": at_least(0),
     "vision_encoder.projection_dim": at_least(1),
@@ -176,6 +190,9 @@ _RULES = {
     "text_encoder.pooling_type": POOLING,
     "losses.contrastive": at_least(0),
     "losses.mrl": at_least(0),
+    "optimization.init": one_of("random", "spectral"),
+    "optimization.spectral_ridge": _RIDGE,
+    "optimization.spectral_power": _POWER,
     "optimization.lr": _ABOVE_ZERO,
     "optimization.weight_decay": at_least(0),
     "optimization.betas": _BETAS,
@@ -332,7 +349,11 @@ def _check_trainer(config: Any) -> None:
         raise key_error(config, "trainer.epochs", f"wants float or int, got {trainer.epochs!r}")
     max_steps = trainer.get("max_steps")
     if not (isinstance(max_steps, int) and max_steps > 0):  # which would decide in the place of the epochs
-        check_value(config, "trainer.epochs", trainer.epochs, _ABOVE_ZERO)
+        starts_trained = config.optimization.init == "spectral"
+        check_value(config, "trainer.epochs", trainer.epochs, at_least(0) if starts_trained else _ABOVE_ZERO)
+        if trainer.epochs == 0 and not (config.vision_encoder.freeze and config.text_encoder.freeze):
+            reason = "a tower that trains (freeze: false) wants epochs; without them freeze both"
+            raise key_error(config, "trainer.epochs", reason)
     never_evaluates = trainer.get("eval_strategy") in ("no", False)  # which YAML makes of a bare no
     if never_evaluates and config.optimization.early_stopping_patience is not None:
         reason = "nothing is evaluated with trainer.eval_strategy=no"

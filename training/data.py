@@ -56,9 +56,9 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         image_cache: Features of the pictures, `views` of each one behind the other: items then have them, as
-            `image_features` (N, D), and no picture is decoded. None: there is none.
+            `image_features` (N, D), pooled (D,), and no picture is decoded. None: there is none.
         text_cache: Features of the captions and, behind them, of the empty one: items then have `text_features`
-            (L, D) and `token_hash`. None: there is none.
+            (L, D), pooled (D,), and `token_hash`. None: there is none.
         views: Views of a picture in the cache; one is drawn by (seed, epoch, index).
 
     Raises:
@@ -195,7 +195,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
             item: dict[str, Any] = {"text": drop_caption(self.caption(row), self.text_dropout_prob, rng)}
             return item | {"caption_id": content_hash((row.caption or "").encode())} if self.for_evaluation else item
         own = _good(self.text_cache[index])
-        kept = self.text_cache[len(self)] if is_dropped(self.text_dropout_prob, rng) else own
+        kept = self.text_cache[len(self.pairs)] if is_dropped(self.text_dropout_prob, rng) else own
         item = {"text_features": kept.features, "token_hash": kept.token_hash}
         return item | {"caption_id": own.content_id} if self.for_evaluation else item
 

@@ -30,7 +30,8 @@ class Entry:
     """What is kept of one picture or caption.
 
     Args:
-        features: What its tower's `features` gave, without padding (N, D); None where there is a defect.
+        features: What its tower's `features` gave, without padding (N, D), or what was pooled of it (D,); None where
+            there is a defect.
         content_id: Hash of the picture's bytes or the caption, which says what is equal in retrieval.
         token_hash: `hash_captions` of the caption's tokens, which says what is equal in a batch; 0 of a picture.
         defect: Why the row cannot be used.
@@ -56,6 +57,7 @@ class FeatureCache:
         origin: All that decides the features, as JSON can hold it; its hash names the folder.
         num_entries: Size of the whole.
         dtype: A key of `DTYPES`.
+        is_pooled: Entries have one vector (D,) instead of tokens.
     """
 
     parent: Path
@@ -63,6 +65,7 @@ class FeatureCache:
     origin: Mapping[str, Any]
     num_entries: int
     dtype: str
+    is_pooled: bool = False
     _open: dict[int, tuple[Any, dict[str, Tensor], dict[int, str]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,9 +103,10 @@ class FeatureCache:
             ConfigError: A feature is too large for the type.
             OutputError: The disk is full, or the directory cannot be written.
         """
-        kept = [entry.features for entry in entries if entry.features is not None]
+        tokens = [None if entry.features is None else torch.atleast_2d(entry.features) for entry in entries]
+        kept = [features for features in tokens if features is not None]
         features = torch.cat(kept) if kept else torch.empty(0, 1)
-        lengths = [0 if entry.features is None else len(entry.features) for entry in entries]
+        lengths = [0 if features is None else len(features) for features in tokens]
         tensors = {
             "ends": torch.tensor(lengths).cumsum(dim=0),
             "content_ids": torch.tensor([entry.content_id for entry in entries]),
@@ -136,7 +140,7 @@ class FeatureCache:
         features = file.get_slice("features")[tokens]
         if self.dtype == "int8":
             features = features.float() * index["scales"][tokens].unsqueeze(1)
-        return Entry(features, content_id, token_hash)
+        return Entry(features[0] if self.is_pooled else features, content_id, token_hash)
 
     def blank(self) -> Tensor:
         """Zeros in the shape of the first good entry's features."""

@@ -26,7 +26,7 @@ from training.checkpoints import (
 from training.errors import CheckpointError, DataError, SickTrainingError, UserError, told_by_each_rank
 from training.randomness import keyed_rng
 from training.sick_steps import StepRecord, describe_sick_step
-from training.signals import SignalListener, heed_parent_alone
+from training.signals import Interrupted, SignalListener, heed_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class RecoverableTrainer(CheckpointingTrainer):
         self._step = StepRecord()
         self._due = _Due()
         self._resumed_from: Path | None = None
+        # Trainer's own evaluation of the start is neither compared with others nor saved.
+        self._evaluates_start, self.args.eval_on_start = self.args.eval_on_start, False
         # Behind DefaultFlowCallback, which decides what is due at a step, and before all others.
         self.callback_handler.callbacks.insert(1, _RecoveryCallback(self))
 
@@ -103,8 +105,6 @@ class RecoverableTrainer(CheckpointingTrainer):
         with self._signals.listening(), told_by_each_rank():
             try:
                 output = super().train(path, trial, ignore_keys_for_eval)
-            except EvaluationInterrupted:  # of `eval_on_start`
-                output = TrainOutput(self.state.global_step, 0.0, {})
             finally:
                 self.remove_callback(taking_up)
             if not self.preempted and self.agree(self._signals.received)[0]:
@@ -117,7 +117,7 @@ class RecoverableTrainer(CheckpointingTrainer):
             return {}
         try:
             return self.evaluate()
-        except EvaluationInterrupted:
+        except Interrupted:
             self._stop_after_last_step()
             return {}
 
@@ -199,7 +199,7 @@ class RecoverableTrainer(CheckpointingTrainer):
         """As Trainer's, with rank 0's running statistics on every rank: those of its own batches differ.
 
         Raises:
-            EvaluationInterrupted: Some rank got a signal.
+            Interrupted: Some rank got a signal.
         """
         if self.args.world_size > 1:
             for value in self._trained_buffers().values():
@@ -208,10 +208,10 @@ class RecoverableTrainer(CheckpointingTrainer):
             return super().evaluate(*args, **kwargs)
 
     def agreed_batches(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches of an evaluation; the ranks stop together, for a signal or an error of one of them.
+        """The batches of a pass; the ranks end together, when none has one left, or for a signal or an error of one.
 
         Raises:
-            EvaluationInterrupted: Some rank got a signal; the evaluation is due when the run goes on.
+            Interrupted: Some rank got a signal; the pass is due when the run goes on.
             UserError: On every rank, where one of them met a batch that cannot be used.
         """
         remaining = iter(batches)
@@ -223,20 +223,21 @@ class RecoverableTrainer(CheckpointingTrainer):
                     self.check_batch(batch)
             except UserError as raised:
                 error = raised
-            any_error, any_signal = self.agree(error is not None, self._signals.received)
+            any_batch, any_error, any_signal = self.agree(batch is not None, error is not None, self._signals.received)
             if any_error:
-                raise error or DataError("the evaluation cannot go on without the rank that has an error")
+                raise error or DataError("the pass cannot go on without the rank that has an error")
             if any_signal:
-                raise EvaluationInterrupted
-            if batch is None:
+                raise Interrupted
+            if not any_batch:
                 return
-            yield batch
+            if batch is not None:
+                yield batch
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         due = _Due(evaluate=True, save=self.control.should_save, epoch_end=self._due.epoch_end)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        except EvaluationInterrupted:
+        except Interrupted:
             self._due = due
             self.preempted = self.control.should_training_stop = True
             self._save_checkpoint(self.model, trial=None)
@@ -257,26 +258,31 @@ class RecoverableTrainer(CheckpointingTrainer):
     # What callbacks ask for.
 
     def _take_up_progress(self) -> None:
-        """At the start of a resumed session: what was in memory, then what was still due."""
+        """At the start of a session: the evaluation of the start; of a resumed one what was in memory and due."""
         if self._resumed_from is None:
+            if self._evaluates_start:
+                self._make_up(save=self.args.save_strategy != "no")
             return
         path = self._resumed_from / PROGRESS.format(rank=self.args.process_index)
         progress = json.loads(path.read_text())
         self.load_progress(progress)
         if (due := self._due).evaluate:
             self._due = _Due(epoch_end=due.epoch_end)
-            self.control._new_step()
-            self.control.should_evaluate, self.control.should_save = True, due.save
-            self._make_up()
+            self._make_up(save=due.save)
         if due.epoch_end:
             self.control._new_step()
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._make_up()
+            self._do_what_is_due()
         # Trainer would take a step before it sees that the run is at its end.
         if self._is_last_step() or progress["stopped_early_of"] == self.state.max_steps:
             self.control.should_training_stop = True
 
-    def _make_up(self) -> None:
+    def _make_up(self, *, save: bool) -> None:
+        self.control._new_step()
+        self.control.should_evaluate, self.control.should_save = True, save
+        self._do_what_is_due()
+
+    def _do_what_is_due(self) -> None:
         self._maybe_log_save_evaluate(
             self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
         )
@@ -295,10 +301,6 @@ class _Due:
     evaluate: bool = False
     save: bool = False
     epoch_end: bool = False
-
-
-class EvaluationInterrupted(Exception):  # noqa: N818 - no error
-    """A signal came while the model was evaluated."""
 
 
 class _RecoveryCallback(TrainerCallback):

@@ -12,6 +12,10 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 
+class Interrupted(Exception):  # noqa: N818 - no error
+    """A signal came in the midst of something that goes on, or starts again, when the run does."""
+
+
 class SignalListener:
     """Notes SIGTERM and SIGINT instead of dying of them."""
 
