@@ -41,6 +41,8 @@ def main() -> None:
             f"dataset.train_parquet={train}",
             f"dataset.image_size={IMAGE_SIZE}",
             f"trainer.epochs={EPOCHS}",
+            "optimization.init=random",
+            "optimization.lr=1e-3",
             "trainer.eval_strategy=no",
             "trainer.save_strategy=no",
             "trainer.disable_tqdm=true",

@@ -97,20 +97,38 @@ class StatisticsPooling(SimpleAttentionPooling):
             Pooled features, of unit length; zeros where every token is padding.
         """
         padding, tokens = clear_padding(tokens, attention_mask)
-        tokens = at_least_float32(tokens)
-        weights = self._weights(padding, tokens).to(tokens.dtype).unsqueeze(-1)  # (B, N, 1)
-        mean = (weights * tokens).sum(dim=1)  # a product of matrices would be in half precision under autocast
-        variance = (weights * (tokens - mean.unsqueeze(1)).square()).sum(dim=1)
-        # What rounding leaves of constant tokens is none, and the square root has no gradient at zero.
-        is_real = variance > _ROUNDING**2 * (weights * tokens.square()).sum(dim=1)
-        deviation = torch.where(is_real, variance, 1.0).sqrt().masked_fill(~is_real, 0.0)
-        lowest = tokens.masked_fill(padding.unsqueeze(-1), torch.finfo(tokens.dtype).min)
-        all_padding = padding.all(dim=1, keepdim=True)
-        parts = [mean, deviation, lowest.amax(dim=1).masked_fill(all_padding, 0.0)]
+        with torch.autocast(tokens.device.type, enabled=False):  # a deviation is a small difference
+            tokens = at_least_float32(tokens)
+            weights = self._weights(padding, tokens).to(tokens.dtype)
+            parts = [*_mean_and_deviation(weights, padding, tokens), _maximum(padding, tokens, attention_mask)]
         if self.has_first_token:
             first = (~padding).long().argmax(dim=1)  # padding may stand in front
             parts.append(tokens[torch.arange(len(tokens), device=tokens.device), first])
         return F.normalize(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), dim=-1)
+
+
+def _mean_and_deviation(weights: Tensor, padding: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation (B, D) of tokens (B, N, D) that are zero at padding.
+
+    Around the plain mean, which no gradient needs: squares of what is far from zero would cost the deviation its
+    digits, and more copies of the tokens time.
+    """
+    plain_mean = tokens.detach().sum(dim=1) / (~padding).sum(dim=1, keepdim=True).clamp(min=1)
+    centred = tokens - plain_mean.unsqueeze(1)
+    shift = torch.einsum("bn,bnd->bd", weights, centred)
+    variance = torch.einsum("bn,bnd->bd", weights, centred.square()) - shift.square()
+    mean = plain_mean + shift
+    # What rounding leaves of constant tokens is none, and the square root has no gradient at zero.
+    is_real = variance > _ROUNDING**2 * (variance + mean.square())
+    return mean, torch.where(is_real, variance, 1.0).sqrt().masked_fill(~is_real, 0.0)
+
+
+def _maximum(padding: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The largest value of each dimension (B, D); zeros where every token is padding."""
+    if attention_mask is None:
+        return tokens.amax(dim=1)
+    highest = tokens.masked_fill(padding.unsqueeze(-1), torch.finfo(tokens.dtype).min).amax(dim=1)
+    return highest.masked_fill(padding.all(dim=1, keepdim=True), 0.0)
 
 
 class AttentionPooling(nn.Module):

@@ -21,6 +21,7 @@ from training.build import load_model
 from training.checkpoints import newest_checkpoint
 from training.config import load_config
 from training.errors import ConfigError, DataError
+from training.initialization import _Pass
 from training.signals import SignalListener
 from training.trainer import AlignmentTrainer
 
@@ -111,6 +112,21 @@ def test_dropped_captions_are_no_pairs_of_the_start(run_config: Path):
     )
     for name, value in never.items():
         assert torch.equal(value, always[name]), name
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_pairs_are_held_out_with_all_that_share_their_caption(views: int, run_config: Path):
+    path = run_config.parent / "train.parquet"
+    write_captions(path, [f"number {i // 2}" for i in range(80)])
+    options = ["dataset.cache=disk", f"dataset.cache_dir={run_config.parent}/cache", f"dataset.cache_views={views}"]
+    trainer = make_trainer(run_config, *options)
+    passed = _Pass(load_config(run_config, options), trainer)
+    passed.run()
+    moments, held_out = passed.gather()
+    captions = held_out.caption_ids.tolist()
+    assert 2 <= len(set(captions)) <= 20
+    assert all(captions.count(caption) == 2 for caption in captions)
+    assert moments.count == (80 - len(captions)) * max(1, views)
 
 
 @pytest.mark.parametrize("cache", ["off", "disk", "pooled"])
