@@ -21,6 +21,8 @@ class EdgeGlassConfig(PreTrainedConfig):
             pooled output, or the mean of its tokens where it has none.
         vision_pooling_type: `"simple"` (one layer of attention), `"multihead"` (several learned queries) or
             `"statistics"` (attention-weighted mean and deviation, maximum, and CLS token where there is one).
+        vision_feature_layers: Layers of the vision backbone whose tokens are pooled side by side, counted from the
+            end: -1 is its `last_hidden_state`, -2 and so on are its `hidden_states`.
         vision_freeze: Keep the vision backbone as it was pretrained: no gradients, always in eval mode.
         vision_name_or_path: Where the vision backbone came from, for the record.
         vision_revision: Commit, tag or branch that it was loaded from.
@@ -52,6 +54,7 @@ class EdgeGlassConfig(PreTrainedConfig):
     mrl_dimensions: list[int] | tuple[int, ...] = (2048, 1024, 512, 256, 128)
     vision_use_attention_pooling: bool = True
     vision_pooling_type: str = "simple"
+    vision_feature_layers: list[int] | tuple[int, ...] = (-1,)
     vision_freeze: bool = True
     vision_name_or_path: str | None = None
     vision_revision: str | None = None
@@ -77,4 +80,9 @@ class EdgeGlassConfig(PreTrainedConfig):
         for pooling_type in (self.vision_pooling_type, self.text_pooling_type):
             if pooling_type not in POOLING_TYPES:
                 raise ValueError(f"pooling_type must be one of {', '.join(POOLING_TYPES)}, got {pooling_type!r}")
+        self.vision_feature_layers = list(self.vision_feature_layers)
+        if not self.vision_feature_layers or max(self.vision_feature_layers) > -1:
+            raise ValueError(f"vision_feature_layers must be -1, -2 or less, got {self.vision_feature_layers}")
+        if self.vision_feature_layers != [-1] and not self.vision_use_attention_pooling:
+            raise ValueError("vision_feature_layers are for learned pooling: set vision_use_attention_pooling to true")
         super().__post_init__(**kwargs)

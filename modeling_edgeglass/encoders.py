@@ -2,13 +2,15 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbones import SUPPORTED_BACKBONES, Modality, has_first_token, hidden_size
+from .backbones import SUPPORTED_BACKBONES, Modality, has_first_token
+from .feature_layers import LAST, join_layers, layer_sizes
 from .matryoshka import truncate_embeds
 from .pooling import build_pooling, masked_mean
 
@@ -29,14 +31,16 @@ class _Encoder(nn.Module):
         pooling_type: str = "simple",
         *,
         freeze: bool = True,
+        feature_layers: Sequence[int] = (LAST,),
     ) -> None:
         super().__init__()
-        self.hidden_size = hidden_size(backbone.config)
+        sizes = layer_sizes(backbone, feature_layers)
+        self.hidden_size, self.feature_layers = sum(sizes), tuple(feature_layers)
         self.freeze = freeze
         self.backbone = backbone
         self.pooling: Any = None
         if use_attention_pooling:
-            self.pooling = build_pooling(pooling_type, self.hidden_size, has_first_token=has_first_token(backbone))
+            self.pooling = build_pooling(pooling_type, *sizes, has_first_token=has_first_token(backbone))
         self.pooled_size = self.hidden_size if self.pooling is None else self.pooling.output_size
         self.projection = nn.Linear(self.pooled_size, projection_dim)
         self.train(self.training)
@@ -71,14 +75,14 @@ class _Encoder(nn.Module):
 
     def _run_backbone(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D), and the backbone's own pooled output (B, D) where it has one."""
+        if self.feature_layers != (LAST,):
+            inputs["output_hidden_states"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             outputs = self.backbone(**inputs)
         name, supported = type(self.backbone).__name__, SUPPORTED_BACKBONES[self.modality]
         if "last_hidden_state" not in outputs:
             raise ValueError(f"{name} returns no last_hidden_state; use {supported}")
-        tokens = outputs["last_hidden_state"]
-        if tokens.ndim == 4:  # a feature map (B, D, H, W)
-            tokens = tokens.flatten(2).transpose(1, 2)  # (B, H * W, D)
+        tokens = join_layers(outputs, self.feature_layers)
         if tokens.ndim != 3 or tokens.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"{name} returns tokens of shape {tuple(tokens.shape)}, where its config says that they are "
@@ -101,6 +105,8 @@ class VisionEncoder(_Encoder):
         use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the tokens' mean.
         pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
         freeze: Keep the backbone as it is: no gradients, always in eval mode.
+        feature_layers: Layers whose tokens stand side by side, from -1, `last_hidden_state`, backwards through
+            `hidden_states`; `hidden_size` is their width together.
     """
 
     modality = "vision"

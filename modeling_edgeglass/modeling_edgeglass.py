@@ -113,6 +113,7 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             config.vision_use_attention_pooling,
             config.vision_pooling_type,
             freeze=config.vision_freeze,
+            feature_layers=config.vision_feature_layers,
         )
         self.text_encoder = TextEncoder(
             text_backbone,

@@ -1,6 +1,6 @@
 """Learned pooling: from the tokens of a backbone (B, N, D) to one vector per sample (B, D)."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +76,18 @@ class StatisticsPooling(SimpleAttentionPooling):
     Args:
         hidden_size: Width D of a token.
         has_first_token: The first real token stands for all (CLS), and is a part of its own.
+        layer_sizes: Widths of the layers that a token joins, each of which has parts of its own; None: one layer.
 
     Attributes:
         output_size: Width of the pooled vector: 3 D, or 4 D with a first token. The mean comes first.
     """
 
-    def __init__(self, hidden_size: int, *, has_first_token: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, *, has_first_token: bool = False, layer_sizes: Sequence[int] | None = None
+    ) -> None:
         super().__init__(hidden_size)
         self.has_first_token = has_first_token
+        self.layer_sizes = list(layer_sizes or [hidden_size])
         self.output_size = (4 if has_first_token else 3) * hidden_size
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -104,7 +108,8 @@ class StatisticsPooling(SimpleAttentionPooling):
         if self.has_first_token:
             first = (~padding).long().argmax(dim=1)  # padding may stand in front
             parts.append(tokens[torch.arange(len(tokens), device=tokens.device), first])
-        return F.normalize(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), dim=-1)
+        pieces = [F.normalize(piece, dim=-1) for part in parts for piece in part.split(self.layer_sizes, dim=-1)]
+        return F.normalize(torch.cat(pieces, dim=-1), dim=-1)
 
 
 def _mean_and_deviation(weights: Tensor, padding: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,29 +186,39 @@ class AttentionPooling(nn.Module):
         Returns:
             Pooled features (B, D); zeros where every token is padding.
         """
-        answers, _ = self._attend(tokens, attention_mask, need_weights=False)
-        return answers.mean(dim=1)
+        padding, tokens = clear_padding(tokens, attention_mask)
+        tokens = self.norm(tokens)
+        weights = self._weights(padding, tokens).mean(dim=2)  # (B, N, H): values do not depend on the query
+        attention, hidden_size = self.attention, self.queries.shape[-1]
+        means = torch.einsum("bnh,bnd->bhd", weights.to(tokens.dtype), tokens)
+        of_head = attention.in_proj_weight[2 * hidden_size :].unflatten(0, (attention.num_heads, -1))  # (H, D / H, D)
+        values = torch.einsum("bhd,hed->bhe", means, of_head).flatten(1) + attention.in_proj_bias[2 * hidden_size :]
+        return attention.out_proj(values).masked_fill(padding.all(dim=1, keepdim=True), 0.0)
 
     def attention_weights(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Weight of each of the tokens (B, N, D) in the pooled vector, as float32 (B, N); each row sums to 1.
 
         The mean over heads and queries.
         """
-        _, weights = self._attend(tokens, attention_mask, need_weights=True)
-        return weights.mean(dim=1).float()
-
-    def _attend(self, tokens: Tensor, attention_mask: Tensor | None, *, need_weights: bool) -> tuple[Tensor, Any]:
-        """Answers (B, Q, D) to the queries, and their weights (B, Q, N) if needed; zeros where all is padding."""
         padding, tokens = clear_padding(tokens, attention_mask)
-        tokens = self.norm(tokens)
-        queries = self.queries.expand(len(tokens), -1, -1)  # (B, Q, D)
-        all_padding = padding.all(dim=-1).reshape(-1, 1, 1)  # (B, 1, 1)
-        # Softmax over nothing is NaN: such a row attends to its padding, and its result is dropped.
-        answers, weights = self.attention(
-            queries, tokens, tokens, key_padding_mask=padding & ~all_padding.squeeze(-1), need_weights=need_weights
-        )
-        weights = weights.masked_fill(all_padding, 0.0) if need_weights else None
-        return answers.masked_fill(all_padding, 0.0), weights
+        return self._weights(padding, self.norm(tokens)).mean(dim=(2, 3))
+
+    def _weights(self, padding: Tensor, tokens: Tensor) -> Tensor:
+        """Weights (B, N, Q, H) in float32 of normalised tokens; zeros where all is padding.
+
+        Queries are the same for every sample, so that the map of keys is applied to them instead of to the tokens:
+        32 vectors in place of B N. What a key's bias adds is the same for all tokens and no part of a softmax.
+        """
+        attention, hidden_size = self.attention, self.queries.shape[-1]
+        queries = F.linear(
+            self.queries, attention.in_proj_weight[:hidden_size], attention.in_proj_bias[:hidden_size]
+        ).unflatten(1, (attention.num_heads, -1))  # (Q, H, D / H)
+        keys = attention.in_proj_weight[hidden_size : 2 * hidden_size].unflatten(0, (attention.num_heads, -1))
+        asked = torch.einsum("qhe,hed->qhd", queries, keys) / queries.shape[-1] ** 0.5
+        scores = torch.einsum("bnd,qhd->bnqh", tokens, asked).float()
+        padding = padding[:, :, None, None]
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=1).masked_fill(padding, 0.0)
 
 
 def masked_mean(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -212,21 +227,22 @@ def masked_mean(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return tokens.sum(dim=1) / (~padding).sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def build_pooling(pooling_type: str, hidden_size: int, *, has_first_token: bool = False) -> nn.Module:
-    """The pooling layer called `pooling_type` for tokens of width `hidden_size`; its `output_size` is what it gives.
+def build_pooling(pooling_type: str, *layer_sizes: int, has_first_token: bool = False) -> nn.Module:
+    """The pooling layer called `pooling_type`; its `output_size` is what it gives.
 
     Args:
         pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
-        hidden_size: Width D of a token.
+        layer_sizes: Widths of the layers that a token joins; their sum is its width D.
         has_first_token: The first token stands for all, as a CLS token does.
 
     Raises:
         ValueError: There is no pooling of that name.
     """
+    hidden_size = sum(layer_sizes)
     if pooling_type == "simple":
         return SimpleAttentionPooling(hidden_size)
     if pooling_type == "multihead":
         return AttentionPooling(hidden_size)
     if pooling_type == "statistics":
-        return StatisticsPooling(hidden_size, has_first_token=has_first_token)
+        return StatisticsPooling(hidden_size, has_first_token=has_first_token, layer_sizes=layer_sizes)
     raise ValueError(f"pooling_type must be simple, multihead or statistics, got {pooling_type!r}")

@@ -75,6 +75,20 @@ def test_multihead_pooling_starts_as_an_average_of_normalised_tokens_that_depend
     assert (pooling(tokens) - pooling.norm(tokens).mean(dim=1)).abs().max() > 0.05
 
 
+def test_multihead_pooling_is_multi_head_attention_averaged_over_its_queries():
+    """Its keys and values are never computed; torch's own layer, with the same weights, computes them all."""
+    pooling = AttentionPooling(D, num_heads=4, num_queries=3)
+    for weight in pooling.parameters():
+        torch.nn.init.normal_(weight)
+    tokens, mask = torch.randn(B, N, D), torch.ones(B, N)
+    mask[1, 2:] = 0
+    normalised, queries = pooling.norm(tokens), pooling.queries.expand(B, -1, -1)
+    options = {"key_padding_mask": mask == 0, "average_attn_weights": False}
+    answers, weights = pooling.attention(queries, normalised, normalised, **options)
+    torch.testing.assert_close(pooling(tokens, mask), answers.mean(dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pooling.attention_weights(tokens, mask), weights.mean(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling_type", ["simple", "multihead", "statistics"])
 def test_every_weight_has_a_gradient_at_the_first_step(pooling_type: str):
     torch.manual_seed(0)

@@ -32,6 +32,7 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
             mrl_dimensions=list(vision.mrl_dimensions),
             vision_use_attention_pooling=vision.use_attention_pooling,
             vision_pooling_type=vision.pooling_type,
+            vision_feature_layers=list(vision.feature_layers),
             vision_freeze=vision.freeze,
             text_use_attention_pooling=text.use_attention_pooling,
             text_pooling_type=text.pooling_type,

@@ -189,6 +189,7 @@ def _passes(
         name: {
             "weights": weights_checksum(encoder.backbone.state_dict()),
             "config": encoder.backbone.config.to_json_string(),
+            "layers": encoder.feature_layers,
             "pooled by": "itself" if encoder.pooling is None else "us",
             "autocast": str(trainer.accelerator.mixed_precision),
             **({"pooling": _pooling_hash(encoder.pooling)} if is_pooled else {}),

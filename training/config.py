@@ -81,6 +81,8 @@ class VisionEncoderConfig(EncoderConfig):
     """The vision tower."""
 
     model_name: str = "openai/clip-vit-large-patch14"
+    # Layers whose tokens are pooled side by side, counted from the end: -1 is the last.
+    feature_layers: list[int] = field(default_factory=lambda: [-1])
 
 
 @dataclass
@@ -167,6 +169,7 @@ _BELOW_ONE: Rule = "in 0..1 and below 1", lambda value: 0 <= value < 1
 _BETAS: Rule = "two numbers in 0..1 and below 1", lambda value: len(value) == 2 and all(map(_BELOW_ONE[1], value))
 _RIDGE: Rule = "auto, or two numbers of 0 or more", lambda value: value == "auto" or _are_two(value)
 _POWER: Rule = "auto, or 0 or more", lambda value: value == "auto" or _is_number(value)
+_LAYERS: Rule = "a list of -1, -2 or less", lambda value: len(value) > 0 and max(value) < 0
 _PATHS: Rule = "a file, a glob, or a list of them", _are_paths
 POOLING = one_of("simple", "multihead", "statistics")  # POOLING_TYPES of modeling_edgeglass, which would import torch
 
@@ -186,6 +189,7 @@ _RULES = {
     "dataset.cache_views": at_least(0),
     "vision_encoder.projection_dim": at_least(1),
     "vision_encoder.pooling_type": POOLING,
+    "vision_encoder.feature_layers": _LAYERS,
     "text_encoder.projection_dim": at_least(1),
     "text_encoder.pooling_type": POOLING,
     "losses.contrastive": at_least(0),

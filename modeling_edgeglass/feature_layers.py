@@ -1,0 +1,71 @@
+"""Tokens of several layers of a vision backbone, side by side.
+
+What a picture shows is in the last layer, how it is drawn in earlier ones; the last forgets what its own training did
+not need. transformers' LLaVA joins layers the same way (`vision_feature_layer`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .backbones import hidden_size
+
+LAST = -1
+
+
+def layer_sizes(backbone: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Width of the tokens of each of some layers; no config tells it of a convolutional backbone's.
+
+    Args:
+        backbone: A vision backbone.
+        layers: As `join_layers` takes them.
+
+    Raises:
+        ValueError: It has no such layer, or their tokens cannot be joined.
+    """
+    if tuple(layers) == (LAST,):
+        return [hidden_size(backbone.config)]
+    side = backbone.config.to_dict().get("image_size") or 224
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    with torch.device("meta"), torch.no_grad():  # takes neither memory nor time
+        twin = type(backbone)(backbone.config).eval()
+        outputs = twin(pixel_values=torch.empty(1, 3, height, width), output_hidden_states=True)
+    name, depth = type(backbone).__name__, len(outputs["hidden_states"] or ())
+    if missing := [layer for layer in layers if layer < -depth]:
+        raise ValueError(f"{name} has no layer {missing[0]}; use feature_layers from -1, its last, to {-depth}")
+    return [tokens.shape[-1] for tokens in _aligned(outputs, layers)]
+
+
+def join_layers(outputs: Any, layers: Sequence[int]) -> Tensor:
+    """Tokens (B, N, D) of some layers, joined along D; feature maps shrink to the last layer's grid.
+
+    Args:
+        outputs: What a backbone returned, with `hidden_states` unless the last layer alone is wanted.
+        layers: Counted from the end; -1 is `last_hidden_state`, -2 and so on are `hidden_states`.
+
+    Raises:
+        ValueError: A layer has another number of tokens.
+    """
+    tokens = _aligned(outputs, layers)
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
+
+
+def _aligned(outputs: Any, layers: Sequence[int]) -> list[Tensor]:
+    """Tokens (B, N, D) of each layer, with the last one's N."""
+    last = outputs["last_hidden_state"]
+    found = [last if layer == LAST else outputs["hidden_states"][layer] for layer in layers]
+    if last.ndim == 4:  # feature maps (B, D, H, W)
+        grid = last.shape[2:]
+        maps = [tokens if tokens.shape[2:] == grid else F.adaptive_avg_pool2d(tokens, grid) for tokens in found]
+        return [tokens.flatten(2).mT for tokens in maps]
+    for layer, tokens in zip(layers, found, strict=True):
+        if tokens.shape[1] != last.shape[1]:
+            raise ValueError(
+                f"layer {layer} gives {tokens.shape[1]} tokens and the last {last.shape[1]}: they cannot stand side "
+                "by side; name a later layer in feature_layers"
+            )
+    return found
