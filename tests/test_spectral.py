@@ -29,10 +29,14 @@ def pairs(count: int = N, noise: float = 0.5, seed: int = 0) -> tuple[torch.Tens
     return 1 + hidden @ to_x + noise * x, hidden @ to_y - 2 + noise * y
 
 
+def moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    found = Moments(x.shape[1], y.shape[1])
+    found.add(x, y)
+    return found
+
+
 def solver(x: torch.Tensor, y: torch.Tensor) -> SpectralSolver:
-    moments = Moments(x.shape[1], y.shape[1])
-    moments.add(x, y)
-    return SpectralSolver(moments)
+    return SpectralSolver(moments(x, y))
 
 
 def naive_embeds(x: torch.Tensor, y: torch.Tensor, ridge: tuple[float, float], power: float) -> list[torch.Tensor]:
@@ -143,18 +147,19 @@ def held_out(count: int = 100, noise: float = 0.5) -> HeldOutPairs:
 
 def test_the_search_ends_where_no_side_can_do_better():
     x, y = pairs(noise=2.0)
-    search = SettingSearch(solver(x, y), held_out(noise=2.0), [2, 4])
     grid = Grid([4, X], [3, Y])
-    best = search.best(grid)
+    search = SettingSearch(moments(x, y), held_out(noise=2.0), [2, 4], grid)
+    best = search.best()
     found = search.scores[best]
-    for columns, ridge in ((c, r) for c in grid.columns_x for r in grid.ridges_x):
-        for power in grid.powers:
-            other = Setting((columns, best.columns[1]), (ridge, best.ridge[1]), power)
-            assert search.scores[other] <= found
-    for columns, ridge in ((c, r) for c in grid.columns_y for r in grid.ridges_y):
-        for power in grid.powers:
-            other = Setting((best.columns[0], columns), (best.ridge[0], ridge), power)
-            assert search.scores[other] <= found
+    (columns_x, columns_y), (ridge_x, ridge_y) = best.columns, best.ridge
+    neighbours = [
+        *(((columns, columns_y), best.ridge) for columns in grid.columns_x),
+        *(((columns_x, columns), best.ridge) for columns in grid.columns_y),
+        *((best.columns, (ridge, ridge_y)) for ridge in grid.ridges_x),
+        *((best.columns, (ridge_x, ridge)) for ridge in grid.ridges_y),
+    ]
+    for columns, ridge in neighbours:
+        assert all(search.scores[Setting(columns, ridge, power)] <= found for power in grid.powers)
 
 
 def test_noise_wants_a_ridge_and_columns_of_noise_are_left_out():
@@ -165,27 +170,31 @@ def test_noise_wants_a_ridge_and_columns_of_noise_are_left_out():
     noisy = [
         torch.cat([v, 5 * torch.randn(len(v), 30, generator=generator, dtype=torch.float64)], 1) for v in (x, fresh.x)
     ]
-    search = SettingSearch(solver(noisy[0], y), HeldOutPairs(noisy[1], fresh.y, fresh.caption_ids), [2, 4])
-    best = search.best(Grid([X, X + 30], [Y]))
-    assert best.columns == (X, Y)
-    without, with_ridge = (search.scores[search.best(Grid([X + 30], [Y], [ridge], [ridge]))] for ridge in (0.0, 0.3))
+    noisy_pairs = HeldOutPairs(noisy[1], fresh.y, fresh.caption_ids)
+
+    def search(grid: Grid) -> SettingSearch:
+        return SettingSearch(moments(noisy[0], y), noisy_pairs, [2, 4], grid)
+
+    assert search(Grid([X, X + 30], [Y])).best().columns == (X, Y)
+    searches = [search(Grid([X + 30], [Y], [ridge], [ridge])) for ridge in (0.0, 0.3)]
+    without, with_ridge = (found.scores[found.best()] for found in searches)
     assert with_ridge > without
 
 
 def test_a_setting_that_is_given_is_taken():
-    search = SettingSearch(solver(*pairs()), held_out(), [2, 4])
-    assert search.best(Grid([X], [Y], [0.5], [2.0], [1.25])) == Setting((X, Y), (0.5, 2.0), 1.25)
+    search = SettingSearch(moments(*pairs()), held_out(), [2, 4], Grid([X], [Y], [0.5], [2.0], [1.25]))
+    assert search.best() == Setting((X, Y), (0.5, 2.0), 1.25)
 
 
-def test_held_out_embeddings_are_those_of_the_solution():
-    found = solver(*pairs())
-    pairs_out = held_out()
-    setting = Setting((5, Y), (0.3, 1.0), 1.5)
-    x, y = SettingSearch(found, pairs_out, [2, 4]).embed(setting)
-    to_x, to_y = found.solve(setting)
-    for embeds, solved, features in ((x, to_x, pairs_out.x[:, :5]), (y, to_y, pairs_out.y)):
-        expected = torch.nn.functional.normalize(solved(features), dim=1).float()
-        torch.testing.assert_close(embeds, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("ridge", [(0.3, 1.0), (0.0, 1.0)])
+def test_held_out_embeddings_are_those_of_the_solution(ridge: tuple[float, float]):
+    pairs_out, setting = held_out(), Setting((5, Y), ridge, 1.5)
+    grid = Grid([5], [Y], [ridge[0]], [ridge[1]], [1.5])
+    x, y = SettingSearch(moments(*pairs()), pairs_out, [2, 4], grid).embed(setting)
+    to_x, to_y = solver(*pairs()).solve(setting)
+    expected_x, expected_y = to_x(pairs_out.x[:, :5]), to_y(pairs_out.y)
+    expected = torch.nn.functional.normalize(expected_x, dim=1) @ torch.nn.functional.normalize(expected_y, dim=1).T
+    torch.testing.assert_close(x @ y.T, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_axes_that_are_passed_over_vary_less_than_told():

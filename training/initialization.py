@@ -127,8 +127,8 @@ def start_spectrally(
     sizes = [*model.config.mrl_dimensions, model.config.projection_dim]
     grid = _grid(config, model)
     try:
-        search = SettingSearch(SpectralSolver(moments, grid.negligible), held_out, sizes)
-        setting = search.best(grid)
+        search = SettingSearch(moments, held_out, sizes, grid)
+        setting = search.best()
         image_embeds, text_embeds = search.embed(setting)
         logit_scale = _best_logit_scale(model, image_embeds, text_embeds, held_out.caption_ids)
         solver = SpectralSolver(moments.and_rows(held_out.x, held_out.y))

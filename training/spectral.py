@@ -11,7 +11,7 @@ every ridge.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +51,8 @@ class PrincipalAxes:
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor) -> "PrincipalAxes":
         """The axes of a covariance (D, D); none where it is zero."""
-        variances, axes = torch.linalg.eigh(covariance)  # in float64: in float32 it may fail to converge
-        variances, axes = variances.flip(0), axes.flip(1)
-        is_real = (variances > 0) & (variances > _SMALLEST * variances[0])
-        if covariance.trace() <= _CONSTANT * mean.square().sum():
-            is_real = torch.zeros_like(is_real)
+        variances, axes = _eigenvectors(covariance)
+        is_real = (variances > 0) & (variances > max(_SMALLEST, _rounding(variances)) * variances[0])
         return cls(mean, axes[:, is_real], variances[is_real], float(covariance.diagonal().mean()))
 
     def leading(self, least_variance: float) -> "PrincipalAxes":
@@ -92,35 +89,61 @@ class Directions:
         return self.x * weights, self.y * weights
 
 
-def canonical_directions(
-    x: PrincipalAxes, y: PrincipalAxes, cross_covariance: Tensor, ridge: tuple[float, float]
-) -> Directions:
-    """Solve for the directions, in the coordinates of the axes.
+@dataclass(frozen=True)
+class Regression:
+    """Ridge regression of y on x, in the principal axes of both.
 
     Args:
-        x, y: Axes of both sides.
-        cross_covariance: In these axes (Kx, Ky).
-        ridge: Of x and of y, by their mean variances; 0 or more.
+        coefficients: (Kx, Ky); or whatever they were multiplied by from the left (N, Kx).
+        explained: What it explains of the covariance of y (Ky, Ky).
     """
-    whitening_x, whitening_y = x.whitening(ridge[0]).unsqueeze(1), y.whitening(ridge[1]).unsqueeze(1)
-    left, correlations, right = _singular_vectors(whitening_x * cross_covariance * whitening_y.T)
-    return Directions(whitening_x * left, whitening_y * right, correlations)
+
+    coefficients: Tensor
+    explained: Tensor
+
+    @classmethod
+    def of(cls, x: PrincipalAxes, cross_covariance: Tensor, ridge: float) -> "Regression":
+        """Solve for the coefficients.
+
+        Args:
+            x: Axes of x.
+            cross_covariance: In the axes of both sides (Kx, Ky).
+            ridge: By the mean variance of x; 0 or more.
+        """
+        coefficients = x.whitening(ridge).square().unsqueeze(1) * cross_covariance
+        return cls(coefficients, cross_covariance.T @ coefficients)
 
 
-def _singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (m, K), values (K,) and right vectors (n, K) of a matrix (m, n), without those that are rounding.
+def canonical_directions(regression: Regression, y: PrincipalAxes, ridge: float) -> Directions:
+    """Canonical directions, in the coordinates of the axes; without those whose correlation is rounding.
 
-    By the eigendecomposition of the smaller product: faster, and it converges where LAPACK's own may not. Values
-    below 1e-7 of the largest are lost by squaring; as correlations they are none.
+    They are the axes of what x explains of a whitened y, and their squared correlations its variances. So another
+    ridge of y costs one decomposition, and it converges where LAPACK's singular values may not.
+
+    Args:
+        regression: Of y on x.
+        y: Axes of y.
+        ridge: By the mean variance of y; 0 or more.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        right, values, left = _singular_vectors(matrix.T)
-        return left, values, right
-    squares, right = torch.linalg.eigh(matrix.T @ matrix)
-    squares, right = squares.flip(0), right.flip(1)
-    is_real = squares > 1e-14 * squares[:1].clamp_min(1e-30)
-    right, values = right[:, is_real], squares[is_real].sqrt()
-    return matrix @ right / values, values.clamp(max=1.0), right
+    whitening = y.whitening(ridge).unsqueeze(1)
+    squares, vectors = _eigenvectors(whitening * regression.explained * whitening.T)
+    is_real = squares > _rounding(squares) * squares[:1].clamp_min(1e-30)
+    to_y, correlations = whitening * vectors[:, is_real], squares[is_real].sqrt()
+    return Directions(regression.coefficients @ to_y / correlations, to_y, correlations.clamp(max=1.0))
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,), falling, and eigenvectors (D, D) of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # in float32 it may fail to converge
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.flip(0).to(matrix.dtype), vectors.flip(1).to(matrix.dtype)
+
+
+def _rounding(values: Tensor) -> float:
+    """Eigenvalues below this share of the largest are rounding."""
+    return 50 * torch.finfo(values.dtype).eps
 
 
 @dataclass(frozen=True)
@@ -165,14 +188,15 @@ class SpectralSolver:
     Args:
         moments: Of the pairs.
         negligible: Axes with a variance below this times the mean are passed over.
+        dtype: To compute in; in float32 it takes half the time, and wants a ridge.
 
     Raises:
         NoVarianceError: From its methods, where all features of one side are the same.
     """
 
-    def __init__(self, moments: Moments, negligible: float = 0.0) -> None:
+    def __init__(self, moments: Moments, negligible: float = 0.0, dtype: torch.dtype = torch.float64) -> None:
         self.moments = moments.flush()
-        self.negligible = negligible
+        self.negligible, self.dtype = negligible, dtype
         self._axes: dict[tuple[str, int], PrincipalAxes] = {}
         self._cross: dict[tuple[int, int], Tensor] = {}
 
@@ -184,27 +208,61 @@ class SpectralSolver:
             self._side("caption", columns[1], of.mean_y, of.yy),
         )
 
-    def directions(self, columns: tuple[int, int], ridge: tuple[float, float]) -> Directions:
-        """The canonical directions, in the coordinates of `axes(columns)`."""
+    def regression(self, columns: tuple[int, int], ridge: float) -> Regression:
+        """Of the leading columns of y on those of x, in the coordinates of `axes(columns)`."""
         x, y = self.axes(columns)
         if columns not in self._cross:
-            cross = self.moments.xy[: columns[0], : columns[1]] / self.moments.count
+            cross = self.moments.xy[: columns[0], : columns[1]].to(self.dtype) / self.moments.count
             self._cross[columns] = x.axes.T @ cross @ y.axes
-        return canonical_directions(x, y, self._cross[columns], ridge)
+        return Regression.of(x, self._cross[columns], ridge)
+
+    def directions(self, columns: tuple[int, int], ridge: tuple[float, float]) -> Directions:
+        """The canonical directions, in the coordinates of `axes(columns)`."""
+        return canonical_directions(self.regression(columns, ridge[0]), self.axes(columns)[1], ridge[1])
 
     def solve(self, setting: Setting) -> tuple[AffineMap, AffineMap]:
-        """The maps of both sides that a setting gives."""
+        """The maps of both sides that a setting gives.
+
+        With a ridge, the regression on x is solved without its axes, whose decomposition takes far longer.
+        """
+        if setting.ridge[0] >= RIDGES[0]:
+            return self._solve_without_axes(setting)
         x, y = self.axes(setting.columns)
         to_x, to_y = self.directions(setting.columns, setting.ridge).weighted(setting.power)
         return x.affine_map(to_x), y.affine_map(to_y)
 
+    def _solve_without_axes(self, setting: Setting) -> tuple[AffineMap, AffineMap]:
+        of, (columns_x, columns_y) = self.moments, setting.columns
+        y = self._side("caption", columns_y, of.mean_y, of.yy)
+        mean, covariance = self._mean_and_covariance("picture", columns_x, of.mean_x, of.xx)
+        cross = of.xy[:columns_x, :columns_y].to(self.dtype) / of.count @ y.axes
+        ridged = covariance.clone()
+        ridged.diagonal().add_(setting.ridge[0] * covariance.diagonal().mean())
+        coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))
+        directions = canonical_directions(Regression(coefficients, cross.T @ coefficients), y, setting.ridge[1])
+        to_x, to_y = directions.weighted(setting.power)
+        energy = float((to_x * (covariance @ to_x)).sum())
+        return AffineMap(to_x.T, mean, float(covariance.trace()), energy), y.affine_map(to_y)
+
     def _side(self, name: str, columns: int, mean: Tensor, moments: Tensor) -> PrincipalAxes:
         if (name, columns) not in self._axes:
-            axes = PrincipalAxes.of(mean[:columns], moments[:columns, :columns] / self.moments.count)
-            if not len(axes.variances):
-                raise NoVarianceError(name)
+            axes = PrincipalAxes.of(*self._mean_and_covariance(name, columns, mean, moments))
             self._axes[name, columns] = axes.leading(self.negligible)
         return self._axes[name, columns]
+
+    def _mean_and_covariance(self, name: str, columns: int, mean: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the leading columns of a side.
+
+        Raises:
+            NoVarianceError: They are the same in all pairs.
+        """
+        mean, covariance = (
+            mean[:columns].to(self.dtype),
+            moments[:columns, :columns].to(self.dtype) / self.moments.count,
+        )
+        if covariance.trace() <= _CONSTANT * mean.square().sum():
+            raise NoVarianceError(name)
+        return mean, covariance
 
 
 @dataclass(frozen=True)
@@ -247,61 +305,77 @@ class SettingSearch:
     """Finds the setting under which held-out pairs find each other best.
 
     The score is the mean average precision, over both ways and all sizes: smoother than R@1, and no size is given up
-    for another. It is sought along one side after the other (its columns and ridge) until neither moves; the power is
-    the best one at each place.
+    for another. Columns and ridges are sought one after the other until none moves; the power is the best one at each
+    place. Computed in float32, which is enough to compare, unless a ridge is 0.
 
     Args:
-        solver: Of the other pairs.
+        moments: Of the other pairs.
         held_out: The pairs.
         sizes: Matryoshka sizes that count.
+        grid: The settings.
+
+    Raises:
+        NoVarianceError: From its methods, where all features of one side are the same.
     """
 
-    def __init__(self, solver: SpectralSolver, held_out: HeldOutPairs, sizes: Sequence[int]) -> None:
-        self.solver, self.held_out, self.sizes = solver, held_out, sizes
+    def __init__(self, moments: Moments, held_out: HeldOutPairs, sizes: Sequence[int], grid: Grid) -> None:
+        dtype = torch.float32 if min(*grid.ridges_x, *grid.ridges_y) > 0 else torch.float64
+        self.solver = SpectralSolver(moments, grid.negligible, dtype)
+        self.held_out, self.sizes, self.grid = held_out, sizes, grid
         self.scores: dict[Setting, float] = {}
         self._coordinates: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._predicted: tuple[Any, Regression] = None, Regression(torch.empty(0), torch.empty(0))  # the latest alone
 
-    def best(self, grid: Grid) -> Setting:
-        """The best setting of a grid."""
-        sides_x = list(product(grid.columns_x, grid.ridges_x))
-        sides_y = list(product(grid.columns_y, grid.ridges_y))
-        x, y = sides_x[len(sides_x) // 2], sides_y[len(sides_y) // 2]
+    def best(self) -> Setting:
+        """The best setting of the grid."""
+        grid = self.grid
+        choices: list[Sequence[Any]] = [grid.columns_x, grid.columns_y, grid.ridges_y, grid.ridges_x]
+        place = [values[len(values) // 2] for values in choices]
         while True:
-            before = x, y
-            y = max(sides_y, key=lambda side: self._best_power(x, side, grid.powers)[0])
-            x = max(sides_x, key=lambda side: self._best_power(side, y, grid.powers)[0])
-            if (x, y) == before:
-                return self._best_power(x, y, grid.powers)[1]
+            before = list(place)
+            for i, values in enumerate(choices):
+                tried = [[*place[:i], value, *place[i + 1 :]] for value in values]
+                place = max(tried, key=lambda other: self._best_power(other)[0])
+            if place == before:
+                return self._best_power(place)[1]
 
     def embed(self, setting: Setting) -> tuple[Tensor, Tensor]:
         """The held-out pairs as unit vectors (N, K), in float32."""
-        directions = self.solver.directions(setting.columns, setting.ridge)
-        return self._embed(setting.columns, directions, setting.power)
+        return self._embed(setting.columns, self._directions(setting.columns, setting.ridge), setting.power)
 
-    def _best_power(
-        self, x: tuple[int, float], y: tuple[int, float], powers: Sequence[float]
-    ) -> tuple[float, Setting]:
-        columns, ridge = (x[0], y[0]), (x[1], y[1])
-        settings = [Setting(columns, ridge, power) for power in powers]
+    def _best_power(self, place: Sequence[Any]) -> tuple[float, Setting]:
+        columns_x, columns_y, ridge_y, ridge_x = place
+        columns, ridge = (columns_x, columns_y), (ridge_x, ridge_y)
+        settings = [Setting(columns, ridge, power) for power in self.grid.powers]
         if settings[0] not in self.scores:
-            directions = self.solver.directions(columns, ridge)
+            directions = self._directions(columns, ridge)
             for setting in settings:
                 self.scores[setting] = self._score(*self._embed(columns, directions, setting.power))
         best = max(settings, key=self.scores.__getitem__)
         return self.scores[best], best
 
+    def _directions(self, columns: tuple[int, int], ridge: tuple[float, float]) -> Directions:
+        """Canonical directions: of x the held-out pairs along them (N, K), which is quicker; of y themselves."""
+        key = columns, ridge[0]
+        if self._predicted[0] != key:
+            regression = self.solver.regression(columns, ridge[0])
+            x, _ = self._held_out_coordinates(columns)
+            self._predicted = key, Regression(x @ regression.coefficients, regression.explained)
+        _, y = self.solver.axes(columns)
+        return canonical_directions(self._predicted[1], y, ridge[1])
+
     def _embed(self, columns: tuple[int, int], directions: Directions, power: float) -> tuple[Tensor, Tensor]:
-        x, y = self._held_out_coordinates(columns)
-        to_x, to_y = directions.weighted(power)
-        return truncate_embeds(x @ to_x.float(), None), truncate_embeds(y @ to_y.float(), None)
+        x, to_y = directions.weighted(power)
+        _, y = self._held_out_coordinates(columns)
+        return truncate_embeds(x.float(), None), truncate_embeds((y @ to_y).float(), None)
 
     def _held_out_coordinates(self, columns: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The held-out features along the axes; in float32, which is enough to rank them."""
+        """The held-out features along the axes."""
         if columns not in self._coordinates:
             x, y = self.solver.axes(columns)
             self._coordinates[columns] = (
-                ((self.held_out.x[:, : columns[0]].double() - x.mean) @ x.axes).float(),
-                ((self.held_out.y[:, : columns[1]].double() - y.mean) @ y.axes).float(),
+                (self.held_out.x[:, : columns[0]].to(x.mean) - x.mean) @ x.axes,
+                (self.held_out.y[:, : columns[1]].to(y.mean) - y.mean) @ y.axes,
             )
         return self._coordinates[columns]
 
