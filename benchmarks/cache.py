@@ -2,7 +2,7 @@
 
     python benchmarks/cache.py
 
-The demo's data and towers at 224 pixels, batches of 128. A step is the loader's batch, forward and backward pass and
+The demo's data and towers at 224 pixels, simple pooling of the last layers, batches of 128. A step is the loader's batch, forward and backward pass and
 AdamW. Prints two JSON lines.
 """
 
@@ -41,6 +41,8 @@ def main() -> None:
             f"dataset.train_parquet={train}",
             f"dataset.image_size={IMAGE_SIZE}",
             f"trainer.epochs={EPOCHS}",
+            *(f"{side}_encoder.pooling_type=simple" for side in ("vision", "text")),
+            *(f"{side}_encoder.feature_layers=[-1]" for side in ("vision", "text")),
             "optimization.init=random",
             "optimization.lr=1e-3",
             "trainer.eval_strategy=no",

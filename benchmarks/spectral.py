@@ -27,6 +27,7 @@ from training.spectral import PrincipalAxes, Setting, SpectralSolver  # noqa: E4
 SIZE_X, SIZE_Y, PAIRS, ROWS = 4096, 1536, 200_000, 1024
 RATE_PAIRS = 4 * ROWS
 THREADS = 2
+DEMO_LAYERS = ("vision_encoder.feature_layers=[-1,-5]", "text_encoder.feature_layers=[-1,-2]")
 
 
 def main() -> None:
@@ -121,9 +122,8 @@ def report_solve() -> None:
 def report_time_to_recall() -> None:
     """From kept features: the whole start, with its choice of ridge and power, beside the peer's best epoch."""
     cell = Cell("emoji", None, "statistics", "spectral", 1)
-    config = cell_config(
-        cell, ROOT / "examples/data", "dataset.cache=pooled", f"dataset.cache_dir={ROOT}/outputs/features"
-    )
+    overrides = ["dataset.cache=pooled", f"dataset.cache_dir={ROOT}/outputs/features"]
+    config = cell_config(cell, ROOT / "examples/data", *DEMO_LAYERS, *overrides)
     trainer = make_trainer(config, cell)
     epochs = train_peer(trainer, cell)
     ours = seconds(lambda: initialize(config, trainer))

@@ -157,6 +157,8 @@ def cell_config(cell: Cell, folder: Path, *overrides: str) -> AlignmentConfig:
         "dataset.batch_size": data.batch_size,
         "dataset.cache": "disk",
         "dataset.cache_dir": WORK,
+        "vision_encoder.feature_layers": "[-1]",
+        "text_encoder.feature_layers": "[-1]",
         "vision_encoder.pooling_type": cell.pooling,
         "text_encoder.pooling_type": cell.pooling,
         "optimization.init": "random" if cell.start == "sentence-transformers" else cell.start,

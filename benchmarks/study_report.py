@@ -1,4 +1,4 @@
-"""The study's cells as a table in docs/recipes.md and a plot beside it.
+"""The study's cells as tables, in docs/recipes.md for statistics pooling and in docs/study.md for all, and a plot.
 
     python benchmarks/study_report.py
 
@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.study import DATA_SETS, POOLINGS, SHOWN, Cell, read_cells  # noqa: E402
 from training.visualization.style import IMAGE, NEUTRAL, TEXT, THIRD, finish_axes, new_figure, save_figure  # noqa: E402
 
-DOCUMENT, PLOT = ROOT / "docs" / "recipes.md", ROOT / "docs" / "study.png"
+DOCUMENTS = {ROOT / "docs" / "recipes.md": ("statistics",), ROOT / "docs" / "study.md": POOLINGS}
+PLOT = ROOT / "docs" / "study.png"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
 # How a line of the table is called, the start of its cells, which epoch of them, and its colour.
@@ -55,8 +56,10 @@ class Line:
 def main() -> None:
     found = list(lines(read_cells()))
     draw(found)
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
+    for document, poolings in DOCUMENTS.items():
+        before, _, rest = document.read_text().partition(BEGIN)
+        rows = table([line for line in found if line.pooling in poolings])
+        document.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}")
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> Iterator[Line]:
@@ -108,7 +111,11 @@ def draw(found: Sequence[Line]) -> None:
                     pairs, recalls = [line.pairs for line in points], [line.mean(size) for line in points]
                     label = f"{way}, {pooling}" if pooling == "statistics" else None
                     axes.plot(pairs, recalls, color=color, linestyle=style, marker="o", markersize=3.5, label=label)
+            ticks = sorted({line.pairs for line in found if line.data == data})
             axes.set_xscale("log")
+            axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
             finish_axes(axes, f"{data}, {size} numbers", "training pairs", "R@1, mean of both ways (%)")
     grid[0][0].legend(fontsize=8, title="dotted: simple pooling", title_fontsize=8)
     save_figure(figure, PLOT)

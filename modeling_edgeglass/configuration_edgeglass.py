@@ -28,6 +28,7 @@ class EdgeGlassConfig(PreTrainedConfig):
         vision_revision: Commit, tag or branch that it was loaded from.
         text_use_attention_pooling: As for vision.
         text_pooling_type: As for vision.
+        text_feature_layers: As for vision.
         text_freeze: As for vision.
         text_name_or_path: As for vision.
         text_revision: As for vision.
@@ -60,6 +61,7 @@ class EdgeGlassConfig(PreTrainedConfig):
     vision_revision: str | None = None
     text_use_attention_pooling: bool = True
     text_pooling_type: str = "simple"
+    text_feature_layers: list[int] | tuple[int, ...] = (-1,)
     text_freeze: bool = True
     text_name_or_path: str | None = None
     text_revision: str | None = None
@@ -80,9 +82,11 @@ class EdgeGlassConfig(PreTrainedConfig):
         for pooling_type in (self.vision_pooling_type, self.text_pooling_type):
             if pooling_type not in POOLING_TYPES:
                 raise ValueError(f"pooling_type must be one of {', '.join(POOLING_TYPES)}, got {pooling_type!r}")
-        self.vision_feature_layers = list(self.vision_feature_layers)
-        if not self.vision_feature_layers or max(self.vision_feature_layers) > -1:
-            raise ValueError(f"vision_feature_layers must be -1, -2 or less, got {self.vision_feature_layers}")
-        if self.vision_feature_layers != [-1] and not self.vision_use_attention_pooling:
-            raise ValueError("vision_feature_layers are for learned pooling: set vision_use_attention_pooling to true")
+        for side in ("vision", "text"):
+            layers = list(getattr(self, f"{side}_feature_layers"))
+            setattr(self, f"{side}_feature_layers", layers)
+            if not layers or max(layers) > -1:
+                raise ValueError(f"{side}_feature_layers must be -1, -2 or less, got {layers}")
+            if layers != [-1] and not getattr(self, f"{side}_use_attention_pooling"):
+                raise ValueError(f"{side}_feature_layers want {side}_use_attention_pooling: true, got {layers}")
         super().__post_init__(**kwargs)

@@ -181,6 +181,7 @@ class TextEncoder(_Encoder):
         use_attention_pooling: Learned pooling; False takes the backbone's pooled output, or the masked mean.
         pooling_type: `"simple"`, `"multihead"` or `"statistics"`.
         freeze: Keep the backbone as it is: no gradients, always in eval mode.
+        feature_layers: As for `VisionEncoder`.
     """
 
     modality = "text"

@@ -1,7 +1,7 @@
-"""Tokens of several layers of a vision backbone, side by side.
+"""Tokens of several layers of a backbone, side by side.
 
-What a picture shows is in the last layer, how it is drawn in earlier ones; the last forgets what its own training did
-not need. transformers' LLaVA joins layers the same way (`vision_feature_layer`).
+The last layer forgets what its own training did not need; earlier ones still have it. LLaVA in transformers joins
+layers the same way (`vision_feature_layer`).
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ LAST = -1
 
 
 def layer_sizes(backbone: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Width of the tokens of each of some layers; no config tells it of a convolutional backbone's.
+    """Width of the tokens of each of some layers.
 
     Args:
-        backbone: A vision backbone.
+        backbone: A vision or a text backbone.
         layers: As `join_layers` takes them.
 
     Raises:
@@ -29,15 +29,24 @@ def layer_sizes(backbone: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """
     if tuple(layers) == (LAST,):
         return [hidden_size(backbone.config)]
+    if backbone.main_input_name == "pixel_values":
+        outputs = _trial(backbone)
+        depth, sizes = len(outputs["hidden_states"] or ()), []
+    else:
+        depth, sizes = backbone.config.num_hidden_layers + 1, [hidden_size(backbone.config)] * len(layers)
+    if missing := [layer for layer in layers if layer < -depth]:
+        name = type(backbone).__name__
+        raise ValueError(f"{name} has no layer {missing[0]}; use feature_layers from -1, its last, to {-depth}")
+    return sizes or [tokens.shape[-1] for tokens in _aligned(outputs, layers)]
+
+
+def _trial(backbone: PreTrainedModel) -> Any:
+    """Outputs without values for a picture: no config tells the widths of a convolutional backbone's layers."""
     side = backbone.config.to_dict().get("image_size") or 224
     height, width = side if isinstance(side, list | tuple) else (side, side)
     with torch.device("meta"), torch.no_grad():  # takes neither memory nor time
         twin = type(backbone)(backbone.config).eval()
-        outputs = twin(pixel_values=torch.empty(1, 3, height, width), output_hidden_states=True)
-    name, depth = type(backbone).__name__, len(outputs["hidden_states"] or ())
-    if missing := [layer for layer in layers if layer < -depth]:
-        raise ValueError(f"{name} has no layer {missing[0]}; use feature_layers from -1, its last, to {-depth}")
-    return [tokens.shape[-1] for tokens in _aligned(outputs, layers)]
+        return twin(pixel_values=torch.empty(1, 3, height, width), output_hidden_states=True)
 
 
 def join_layers(outputs: Any, layers: Sequence[int]) -> Tensor:

@@ -121,6 +121,7 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             config.text_use_attention_pooling,
             config.text_pooling_type,
             freeze=config.text_freeze,
+            feature_layers=config.text_feature_layers,
         )
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.alignment_loss = AlignmentLoss(

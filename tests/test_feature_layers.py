@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTModel
 
-from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, VisionEncoder
+from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, TextEncoder, VisionEncoder
+from modeling_edgeglass.backbones import has_first_token, hidden_size, load_backbone
 from modeling_edgeglass.feature_layers import join_layers, layer_sizes
 from modeling_edgeglass.pooling import StatisticsPooling
-from tests.test_backbones import TINY, VISION, VISION_MODELS
+from tests.test_backbones import TEXT_MODELS, TINY, VISION, VISION_MODELS
 
 PICTURES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -60,19 +61,39 @@ def test_statistics_of_joined_layers_are_those_of_each_layer():
     )
 
 
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_layers_of_every_text_family_stand_side_by_side(name: str, tmp_path):
+    TEXT_MODELS[name]().save_pretrained(tmp_path)
+    backbone = load_backbone("text", str(tmp_path)).eval()
+    input_ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    outputs = backbone(input_ids=input_ids, output_hidden_states=True)
+    encoder = TextEncoder(backbone, 8, pooling_type="statistics", feature_layers=[-1, -2]).eval()
+    features, _ = encoder.features(input_ids)
+    expected = torch.cat([outputs.last_hidden_state, outputs.hidden_states[-2]], dim=2)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert encoder.pooled_size == (3 + has_first_token(backbone)) * 2 * hidden_size(backbone.config)
+    assert encoder(input_ids=input_ids).shape == (2, 8)
+
+
 def test_a_model_of_several_layers_survives_saving(config: EdgeGlassConfig, batch: dict[str, torch.Tensor], tmp_path):
-    layers = {"vision_feature_layers": [-1, -2], "vision_pooling_type": "statistics"}
+    layers = {
+        f"{side}_{key}": value
+        for side in ("vision", "text")
+        for key, value in {"feature_layers": [-1, -2], "pooling_type": "statistics"}.items()
+    }
     model = EdgeGlassModel(EdgeGlassConfig(**config.to_dict() | layers)).eval()
     model.save_pretrained(tmp_path)
     loaded = EdgeGlassModel.from_pretrained(tmp_path)
     assert loaded.config.vision_feature_layers == [-1, -2]
     assert loaded.vision_encoder.pooling.layer_sizes == model.vision_encoder.pooling.layer_sizes
-    torch.testing.assert_close(loaded(**batch).image_embeds, model(**batch).image_embeds)
+    torch.testing.assert_close(loaded(**batch).logits_per_image, model(**batch).logits_per_image)
 
 
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="ViTModel has no layer -9; use feature_layers from -1, its last, to -3"):
         VisionEncoder(vit(), 8, feature_layers=[-1, -9])
+    with pytest.raises(ValueError, match="BertModel has no layer -4; use feature_layers from -1, its last, to -3"):
+        TextEncoder(BertModel(BertConfig(**TINY)), 8, feature_layers=[-4])
 
 
 def test_layers_whose_tokens_differ_in_number_cannot_be_joined():
@@ -88,7 +109,10 @@ def test_layers_whose_tokens_differ_in_number_cannot_be_joined():
     [
         ({"vision_feature_layers": [0]}, "must be -1, -2 or less, got "),
         ({"vision_feature_layers": []}, "must be -1, -2 or less, got "),
-        ({"vision_feature_layers": [-1, -2], "vision_use_attention_pooling": False}, "are for learned pooling"),
+        (
+            {"vision_feature_layers": [-1, -2], "vision_use_attention_pooling": False},
+            "want vision_use_attention_pooling: true",
+        ),
     ],
 )
 def test_impossible_layers_are_refused(changes: dict[str, object], message: str):

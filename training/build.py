@@ -36,6 +36,7 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
             vision_freeze=vision.freeze,
             text_use_attention_pooling=text.use_attention_pooling,
             text_pooling_type=text.pooling_type,
+            text_feature_layers=list(text.feature_layers),
             text_freeze=text.freeze,
             contrastive_weight=losses.contrastive,
             mrl_weight=losses.mrl,

@@ -73,6 +73,9 @@ class EncoderConfig:
     mrl_dimensions: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # both towers must agree
     use_attention_pooling: bool = True  # False: the backbone's own pooled output, or the mean of its tokens
     pooling_type: str = "simple"  # simple | multihead | statistics
+    feature_layers: list[int] = field(
+        default_factory=lambda: [-1]
+    )  # pooled side by side, from -1, the last, backwards
     freeze: bool = True  # False also trains the backbone
 
 
@@ -81,8 +84,6 @@ class VisionEncoderConfig(EncoderConfig):
     """The vision tower."""
 
     model_name: str = "openai/clip-vit-large-patch14"
-    # Layers whose tokens are pooled side by side, counted from the end: -1 is the last.
-    feature_layers: list[int] = field(default_factory=lambda: [-1])
 
 
 @dataclass
@@ -192,6 +193,7 @@ _RULES = {
     "vision_encoder.feature_layers": _LAYERS,
     "text_encoder.projection_dim": at_least(1),
     "text_encoder.pooling_type": POOLING,
+    "text_encoder.feature_layers": _LAYERS,
     "losses.contrastive": at_least(0),
     "losses.mrl": at_least(0),
     "optimization.init": one_of("random", "spectral"),
