@@ -2,8 +2,8 @@
 
     python benchmarks/cache.py
 
-The demo's data and towers at 224 pixels, simple pooling of the last layers, batches of 128. A step is the loader's batch, forward and backward pass and
-AdamW. Prints two JSON lines.
+The demo's data and towers at 224 pixels, simple pooling of the last layers, batches of 128. A step is the loader's
+batch, forward and backward pass and AdamW. Prints two JSON lines.
 """
 
 import itertools
