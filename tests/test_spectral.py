@@ -6,16 +6,8 @@ import torch
 from sklearn.cross_decomposition import CCA
 
 from training.moments import Moments
-from training.spectral import (
-    AffineMap,
-    Grid,
-    HeldOutPairs,
-    NoVarianceError,
-    PrincipalAxes,
-    Setting,
-    SettingSearch,
-    SpectralSolver,
-)
+from training.spectral import AffineMap, NoVarianceError, PrincipalAxes, Setting, SpectralSolver
+from training.spectral_search import Grid, HeldOutPairs, SettingSearch
 
 X, Y, N = 9, 6, 400
 

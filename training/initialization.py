@@ -25,17 +25,8 @@ from training.moments import Moments
 from training.randomness import keyed_rng
 from training.recovery import RecoverableTrainer
 from training.signals import heed_parent_alone
-from training.spectral import (
-    POWERS,
-    RIDGES,
-    AffineMap,
-    Grid,
-    HeldOutPairs,
-    NoVarianceError,
-    Setting,
-    SettingSearch,
-    SpectralSolver,
-)
+from training.spectral import AffineMap, NoVarianceError, Setting, SpectralSolver
+from training.spectral_search import POWERS, RIDGES, Grid, HeldOutPairs, SettingSearch
 
 FEWEST_PAIRS = 32
 
