@@ -36,8 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     if options.moments:
-        moments = Moments(SIZE_X, SIZE_Y)
-        print(peak_memory(lambda: add_pairs(moments, PAIRS)) / 1e6)
+        print(peak_memory(lambda: add_pairs(Moments(SIZE_X, SIZE_Y), PAIRS)) / 1e6)
         return
     report_moments()
     report_solve()

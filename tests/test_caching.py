@@ -18,6 +18,7 @@ from run_alignment import align
 from tests.conftest import flip_a_bit, write_pairs
 from tests.interruptions import AtStep, Killed, assert_equal_bits, kill, what_is_left
 from tests.runs import make_trainer
+from training.caching import cache_features
 from training.checkpoints import newest_checkpoint
 from training.config import load_config
 from training.errors import ConfigError
@@ -116,6 +117,16 @@ def test_anything_that_changes_the_features_makes_a_new_cache(
     assert new_folders() == {"vision": 2, "text": 0}
     write_pairs(tmp_path / "train.parquet", 20, first=1)
     assert new_folders() == {"vision": 1, "text": 1}
+
+
+def test_how_a_tokenizer_was_last_called_makes_no_new_cache(run_config: Path, cache_dir: str):
+    trainer = make_trainer(run_config, CACHED, cache_dir)
+    before = folders(cache_dir)
+    processor = trainer.processing_class
+    processor.tokenizer(["a"], padding="max_length", max_length=7, truncation=True)  # a notebook that looks at lengths
+    data = {"train": trainer.train_dataset, "val": trainer.eval_dataset}
+    cache_features(load_config(run_config, [CACHED, cache_dir]), trainer, processor, data)
+    assert folders(cache_dir) == before
 
 
 def safetensors_of(folder: Path, new: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

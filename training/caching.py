@@ -229,6 +229,7 @@ def _pooling_hash(pooling: torch.nn.Module | None) -> str:
 
 def _saved_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that a tokenizer saves."""
+    tokenize(tokenizer, [""])  # a fast one also saves how it was last called
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return fingerprint(sorted(str(path) for path in Path(folder).iterdir() if path.is_file()))
