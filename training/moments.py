@@ -39,6 +39,7 @@ class Moments:
         self.yy = _zeros(self.size_y, self.size_y)
         self.xy = _zeros(self.size_x, self.size_y)
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._is_half = False  # xx and yy lack their lower halves
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in pairs: rows of x (B, size_x) and y (B, size_y)."""
@@ -49,8 +50,10 @@ class Moments:
     def flush(self) -> "Moments":
         """Compute what still waits for more rows; before that the attributes lack it."""
         self._merge_waiting()
-        for moments in (self.xx, self.yy):
-            moments.copy_(moments.triu() + moments.triu(1).T)
+        if self._is_half:
+            for moments in (self.xx, self.yy):
+                moments.copy_(moments.triu() + moments.triu(1).T)
+            self._is_half = False
         return self
 
     def _merge_waiting(self) -> None:
@@ -71,6 +74,7 @@ class Moments:
         _add_own_products(self.xx, x)
         _add_own_products(self.yy, y)
         self.xy.addmm_(x.T, y)
+        self._is_half = True
         self.mean_x += shift_x * new / total
         self.mean_y += shift_y * new / total
         self.count = total
