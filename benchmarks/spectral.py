@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import REPEATS, alternate, in_fresh_process, peak_memory, report, seconds  # noqa: E402
 from benchmarks.study import Cell, cell_config, make_trainer, train_peer  # noqa: E402
+from training.config import load_config  # noqa: E402
 from training.initialization import initialize  # noqa: E402
 from training.moments import Moments  # noqa: E402
 from training.spectral import PrincipalAxes, Setting, SpectralSolver  # noqa: E402
@@ -27,7 +28,6 @@ from training.spectral import PrincipalAxes, Setting, SpectralSolver  # noqa: E4
 SIZE_X, SIZE_Y, PAIRS, ROWS = 4096, 1536, 200_000, 1024
 RATE_PAIRS = 4 * ROWS
 THREADS = 2
-DEMO_LAYERS = ("vision_encoder.feature_layers=[-1,-5]", "text_encoder.feature_layers=[-1,-2]")
 
 
 def main() -> None:
@@ -121,8 +121,10 @@ def report_solve() -> None:
 def report_time_to_recall() -> None:
     """From kept features: the whole start, with its choice of ridge and power, beside the peer's best epoch."""
     cell = Cell("emoji", None, "statistics", "spectral", 1)
-    overrides = ["dataset.cache=pooled", f"dataset.cache_dir={ROOT}/outputs/features"]
-    config = cell_config(cell, ROOT / "examples/data", *DEMO_LAYERS, *overrides)
+    demo = load_config(ROOT / "configs/demo.yaml")
+    layers = [f"{side}.feature_layers={demo[side].feature_layers}" for side in ("vision_encoder", "text_encoder")]
+    kept = ["dataset.cache=pooled", f"dataset.cache_dir={ROOT}/outputs/features"]
+    config = cell_config(cell, ROOT / "examples/data", *layers, *kept)
     trainer = make_trainer(config, cell)
     epochs = train_peer(trainer, cell)
     ours = seconds(lambda: initialize(config, trainer))

@@ -29,15 +29,14 @@ def layer_sizes(backbone: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """
     if tuple(layers) == (LAST,):
         return [hidden_size(backbone.config)]
-    if backbone.main_input_name == "pixel_values":
-        outputs = _trial(backbone)
-        depth, sizes = len(outputs["hidden_states"] or ()), []
-    else:
-        depth, sizes = backbone.config.num_hidden_layers + 1, [hidden_size(backbone.config)] * len(layers)
+    outputs = _trial(backbone) if backbone.main_input_name == "pixel_values" else None
+    depth = backbone.config.num_hidden_layers + 1 if outputs is None else len(outputs.get("hidden_states") or [LAST])
     if missing := [layer for layer in layers if layer < -depth]:
         name = type(backbone).__name__
         raise ValueError(f"{name} has no layer {missing[0]}; use feature_layers from -1, its last, to {-depth}")
-    return sizes or [tokens.shape[-1] for tokens in _aligned(outputs, layers)]
+    if outputs is None:  # all layers of a transformer are as wide
+        return [hidden_size(backbone.config)] * len(layers)
+    return [tokens.shape[-1] for tokens in _aligned(outputs, layers)]
 
 
 def _trial(backbone: PreTrainedModel) -> Any:

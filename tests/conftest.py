@@ -22,10 +22,15 @@ from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel
 from tests.towers import IMAGE_SIZE, TINY, save_tiny_text_tower, save_tiny_vision_tower
 
 transformers.logging.disable_progress_bar()
-torch.set_num_threads(1)  # the models are tiny: threads would mostly wait for each other
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 SHAPES = ("dot", "bar", "ring", "cross", "box", "line", "star", "moon")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The models are tiny: threads would mostly wait for each other. A run in this process sets more than one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,8 @@ def test_anything_that_changes_the_features_makes_a_new_cache(
 
     assert new_folders() == {"vision": 0, "text": 0}
     assert new_folders("optimization.lr=1", "dataset.text_dropout_prob=0.5") == {"vision": 0, "text": 0}
+    assert new_folders("vision_encoder.feature_layers=[-1,-2]") == {"vision": 2, "text": 0}
+    assert new_folders("text_encoder.feature_layers=[-1,-2]") == {"vision": 0, "text": 2}
     assert new_folders("dataset.image_size=48") == {"vision": 2, "text": 0}
     assert new_folders("dataset.cache_views=2") == {"vision": 1, "text": 0}
     assert new_folders("dataset.cache_views=2", "trainer.seed=7") == {"vision": 1, "text": 0}
@@ -282,16 +283,6 @@ def test_nothing_can_be_kept_where_both_towers_train(run_config: Path, cache_dir
         make_trainer(run_config, CACHED, cache_dir, *both)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As each of two ranks has: the last bits of features depend on it. A run in this process may have left others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_write_the_files_of_one(run_config: Path):
     make_trainer(run_config, CACHED, f"dataset.cache_dir={run_config.parent}/one")
     program = (

@@ -189,6 +189,24 @@ def test_held_out_embeddings_are_those_of_the_solution(ridge: tuple[float, float
     torch.testing.assert_close(x @ y.T, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_float32_that_does_not_converge_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch):
+    real, seen = torch.linalg.eigh, []
+
+    def fail_in_float32(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError
+        return real(matrix)
+
+    found, setting = moments(*pairs()), Setting((X, Y), (0.3, 1.0), 1.0)
+    expected = SpectralSolver(found, dtype=torch.float32).directions(setting.columns, setting.ridge)
+    monkeypatch.setattr(torch.linalg, "eigh", fail_in_float32)
+    directions = SpectralSolver(found, dtype=torch.float32).directions(setting.columns, setting.ridge)
+    assert torch.float64 in seen
+    assert directions.correlations.dtype == torch.float32
+    torch.testing.assert_close(directions.correlations, expected.correlations, rtol=1e-3, atol=1e-4)
+
+
 def test_axes_that_are_passed_over_vary_less_than_told():
     axes = PrincipalAxes.of(torch.zeros(4), torch.diag(torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)))
     assert axes.variances.tolist() == [4.0, 2.0, 1e-3]

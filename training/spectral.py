@@ -16,9 +16,10 @@ from torch import Tensor
 
 from training.moments import Moments
 
+SAFE_RIDGE = 0.01  # by the mean variance; from here on no covariance is near to singular
+
 _SMALLEST = 1e-10  # variance of an axis by the largest one's; below it is rounding
 _CONSTANT = 1e-12  # variance by the squared mean; below it is what a tower in float32 gives for equal input
-_SAFE = 0.01  # ridge, by the mean variance, with which no covariance is near to singular
 
 
 class NoVarianceError(ValueError):
@@ -218,7 +219,7 @@ class SpectralSolver:
 
         With a ridge, the regression on x is solved without its axes, whose decomposition takes far longer.
         """
-        if setting.ridge[0] >= _SAFE:
+        if setting.ridge[0] >= SAFE_RIDGE:
             return self._solve_without_axes(setting)
         x, y = self.axes(setting.columns)
         to_x, to_y = self.directions(setting.columns, setting.ridge).weighted(setting.power)

@@ -10,7 +10,7 @@ from torch import Tensor
 from modeling_edgeglass.matryoshka import truncate_embeds
 from training.moments import Moments
 from training.retrieval import retrieval_metrics
-from training.spectral import Directions, Regression, Setting, SpectralSolver, canonical_directions
+from training.spectral import SAFE_RIDGE, Directions, Regression, Setting, SpectralSolver, canonical_directions
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # by the mean variance of an axis; the best differ tenfold between data
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -59,7 +59,7 @@ class SettingSearch:
 
     The score is the mean average precision, over both ways and all sizes: smoother than R@1, and no size is given up
     for another. Columns and ridges are sought one after the other until none moves; the power is the best one at each
-    place. Computed in float32, which is enough to compare, unless a ridge is 0.
+    place. Computed in float32, which is enough to compare, unless a ridge is too small for it.
 
     Args:
         moments: Of the other pairs.
@@ -72,12 +72,12 @@ class SettingSearch:
     """
 
     def __init__(self, moments: Moments, held_out: HeldOutPairs, sizes: Sequence[int], grid: Grid) -> None:
-        dtype = torch.float32 if min(*grid.ridges_x, *grid.ridges_y) > 0 else torch.float64
+        dtype = torch.float32 if min(*grid.ridges_x, *grid.ridges_y) >= SAFE_RIDGE else torch.float64
         self.solver = SpectralSolver(moments, grid.negligible, dtype)
         self.held_out, self.sizes, self.grid = held_out, sizes, grid
         self.scores: dict[Setting, float] = {}
         self._coordinates: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._predicted: tuple[Any, Regression] = None, Regression(torch.empty(0), torch.empty(0))  # the latest alone
+        self._predicted: dict[Any, Regression] = {}  # the latest alone
 
     def best(self) -> Setting:
         """The best setting of the grid."""
@@ -110,12 +110,12 @@ class SettingSearch:
     def _directions(self, columns: tuple[int, int], ridge: tuple[float, float]) -> Directions:
         """Canonical directions: of x the held-out pairs along them (N, K), which is quicker; of y themselves."""
         key = columns, ridge[0]
-        if self._predicted[0] != key:
+        if key not in self._predicted:
             regression = self.solver.regression(columns, ridge[0])
             x, _ = self._held_out_coordinates(columns)
-            self._predicted = key, Regression(x @ regression.coefficients, regression.explained)
+            self._predicted = {key: Regression(x @ regression.coefficients, regression.explained)}
         _, y = self.solver.axes(columns)
-        return canonical_directions(self._predicted[1], y, ridge[1])
+        return canonical_directions(self._predicted[key], y, ridge[1])
 
     def _embed(self, columns: tuple[int, int], directions: Directions, power: float) -> tuple[Tensor, Tensor]:
         x, to_y = directions.weighted(power)
