@@ -7,8 +7,8 @@ frozen; their tokens are kept in outputs/study. Each cell is added to benchmarks
 same command goes on after a kill; one whose cell is there is not run again. Needs the extra `bench`.
 
 R@1 is the mean of both ways on val. A run is evaluated after every epoch, and at its start if that is the closed form;
-all are kept, with the number of the one that has the lowest val loss. `icon names` are icons whose names were held out of
-train.
+all are kept, with the number of the one that has the lowest val loss. `icon names` are icons whose names were held out
+of train.
 """
 
 import argparse
