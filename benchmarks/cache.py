@@ -2,7 +2,7 @@
 
     python benchmarks/cache.py
 
-The demo's data and towers at 224 pixels, simple pooling of the last layers, batches of 128. A step is the loader's
+The demo's data and towers at 224 pixels, simple pooling of the last layers, batches of 64. A step is the loader's
 batch, forward and backward pass and AdamW. Prints two JSON lines.
 """
 
@@ -27,7 +27,7 @@ from training.feature_cache import Entry, FeatureCache  # noqa: E402
 from training.retrieval import retrieval_metrics  # noqa: E402
 from training.trainer import AlignmentTrainer  # noqa: E402
 
-IMAGE_SIZE, BATCH_SIZE, TRAIN_PAIRS, RECALL_PAIRS, EPOCHS = 224, 128, 768, 512, 10
+IMAGE_SIZE, BATCH_SIZE, TRAIN_PAIRS, RECALL_PAIRS, EPOCHS = 224, 64, 768, 512, 10
 STEPS = 8  # of kept features, against one that runs the towers
 
 

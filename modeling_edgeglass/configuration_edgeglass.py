@@ -1,4 +1,4 @@
-"""Configuration of an EdgeGlass model: two backbones and the space that they share."""
+"""Configurations: two backbones and the space that they share; a language model that reads from it."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 POOLING_TYPES = ("simple", "multihead", "statistics")
+LANGUAGE_TRAININGS = ("frozen", "lora", "full")
 
 
 class EdgeGlassConfig(PreTrainedConfig):
@@ -90,3 +91,60 @@ class EdgeGlassConfig(PreTrainedConfig):
             if layers != [-1] and not getattr(self, f"{side}_use_attention_pooling"):
                 raise ValueError(f"{side}_feature_layers want {side}_use_attention_pooling: true, got {layers}")
         super().__post_init__(**kwargs)
+
+
+class EdgeGlassDecodingConfig(PreTrainedConfig):
+    """An alignment, a language model, and the bridge between them.
+
+    Args:
+        alignment_config: Config of the alignment that embeds, or its dict.
+        text_config: Config of the causal language model that describes, or its dict with a `model_type`; None is a
+            default Qwen3. The name is the one that transformers' generation looks for.
+        num_prefix_tokens: Soft tokens that the bridge makes of an embedding.
+        language_training: `"frozen"`, `"lora"` (the language model's adapters train) or `"full"`.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Their output is scaled by `lora_alpha / lora_rank`.
+        lora_target_modules: Names of the layers that get one, as peft reads them; `"all-linear"` takes all but the
+            output layer.
+        decoding_seed: Seed of the sizes that are drawn in training.
+        alignment_name_or_path: Where the alignment came from.
+        alignment_revision: Commit, tag or branch that it was loaded from.
+        language_name_or_path: Where the language model came from.
+        language_revision: As for the alignment.
+
+    Raises:
+        ValueError: A value is not possible.
+    """
+
+    model_type = "edgeglass_decoding"
+    sub_configs_defaults = {  # noqa: RUF012 - PreTrainedConfig's own form
+        "alignment_config": SubConfigSpec(config_class=EdgeGlassConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
+    }
+
+    alignment_config: Any = None  # a dict or None when given, always a config afterwards
+    text_config: Any = None
+    num_prefix_tokens: int = 16
+    language_training: str = "frozen"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: list[str] | str = "all-linear"
+    decoding_seed: int = 42
+    alignment_name_or_path: str | None = None
+    alignment_revision: str | None = None
+    language_name_or_path: str | None = None
+    language_revision: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("num_prefix_tokens", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.language_training not in LANGUAGE_TRAININGS:
+            known = ", ".join(LANGUAGE_TRAININGS)
+            raise ValueError(f"language_training must be one of {known}, got {self.language_training!r}")
+        super().__post_init__(**kwargs)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of an embedding that the bridge is trained to read, the full one first."""
+        return [self.alignment_config.projection_dim, *self.alignment_config.mrl_dimensions]

@@ -1,0 +1,368 @@
+"""EdgeGlassForConditionalGeneration: a language model puts an embedding into words."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_edgeglass import EdgeGlassDecodingConfig
+from .language_models import add_adapters, build_language_model, load_language_model
+from .matryoshka import truncate_embeds
+from .modeling_edgeglass import EdgeGlassModel, EdgeGlassPreTrainedModel
+
+BRIDGE_FILE = "bridge.safetensors"
+
+_IGNORED = -100  # label of what is not to be predicted
+_CHUNK = 4096  # tokens of a vocabulary that are looked at together
+
+
+class Bridge(nn.Module):
+    """Soft tokens of an embedding: LayerNorm, then two linear layers with GELU between.
+
+    The mapping network of ClipCap (arXiv:2111.09734) with the layers of LLaVA-1.5 (arXiv:2310.03744).
+
+    Args:
+        embed_dim: Size D of an embedding.
+        hidden_size: Width H of the language model's tokens.
+        num_prefix_tokens: Soft tokens P.
+    """
+
+    token_scale: Tensor
+
+    def __init__(self, embed_dim: int, hidden_size: int, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.norm = nn.LayerNorm(embed_dim)
+        self.up = nn.Linear(embed_dim, hidden_size)
+        self.down = nn.Linear(hidden_size, num_prefix_tokens * hidden_size)
+        self.register_buffer("token_scale", torch.ones(()))
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Embeddings (B, D) to soft tokens (B, P, H), as long as the language model's own to begin with."""
+        tokens = self.down(F.gelu(self.up(self.norm(embeds.to(self.norm.weight.dtype)))))
+        return tokens.unflatten(1, (self.num_prefix_tokens, -1)) * self.token_scale
+
+
+class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixin):
+    """A frozen alignment, a bridge and a causal language model: picture -> embedding -> soft prefix -> words.
+
+    The prefix stands in front of the prompt's tokens. What is embedded may as well be a caption, and any prefix of an
+    embedding can be decoded: cut, scaled to unit length and filled up with zeros it goes through the same bridge.
+
+    Args:
+        config: The configuration of all three.
+        alignment: The alignment to use; None makes one with random weights.
+        language_model: Likewise.
+
+    Raises:
+        ValueError: `language_training` is `"lora"` and peft is not installed.
+    """
+
+    config: EdgeGlassDecodingConfig  # type: ignore[assignment]
+    config_class = EdgeGlassDecodingConfig  # type: ignore[assignment]
+    base_model_prefix = "decoder"
+    accepts_loss_kwargs = True  # the loss is a mean over the answer's tokens of all micro-batches of a step
+
+    def __init__(
+        self,
+        config: EdgeGlassDecodingConfig,
+        alignment: EdgeGlassModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.alignment = alignment or EdgeGlassModel(config.alignment_config)
+        self.language_model = language_model or build_language_model(config)
+        config.alignment_config, config.text_config = self.alignment.config, self.language_model.config
+        if config.language_training == "lora":
+            add_adapters(self.language_model, config)
+        embeddings: Any = self.language_model.get_input_embeddings()
+        width = embeddings.weight.shape[1]
+        self.bridge = Bridge(self.alignment.config.projection_dim, width, config.num_prefix_tokens)
+        self.num_calls = 0
+        self.post_init()
+        self.train(self.training)
+
+    @classmethod
+    def from_alignment_pretrained(
+        cls,
+        alignment: str,
+        language_model: str,
+        *,
+        alignment_revision: str | None = None,
+        language_revision: str | None = None,
+        language_trust_remote_code: bool = False,
+        load_in_4bit: bool = False,
+        dtype: torch.dtype | str = "auto",
+        **config: Any,
+    ) -> "EdgeGlassForConditionalGeneration":
+        """Join a trained alignment and a language model; the bridge is new and wants training.
+
+        Args:
+            alignment: Directory or id on the Hub of an `EdgeGlassModel`.
+            language_model: Directory or id of a causal language model.
+            alignment_revision: Commit, tag or branch on the Hub.
+            language_revision: As for the alignment.
+            language_trust_remote_code: Run model code that comes with the language model.
+            load_in_4bit: Keep the language model's weights in 4 bits; wants a GPU and bitsandbytes.
+            dtype: Precision of the language model; `"auto"` takes the checkpoint's own. The bridge is float32.
+            **config: Fields of `EdgeGlassDecodingConfig`.
+
+        Raises:
+            ValueError: One of the two cannot be loaded, or a field has no possible value.
+        """
+        try:
+            aligned = EdgeGlassModel.from_pretrained(alignment, revision=alignment_revision or "main")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"alignment {alignment!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
+        language = load_language_model(
+            language_model,
+            revision=language_revision,
+            trust_remote_code=language_trust_remote_code,
+            load_in_4bit=load_in_4bit,
+            dtype=dtype,
+        )
+        decoding_config = EdgeGlassDecodingConfig(
+            alignment_config=aligned.config.to_dict(),
+            text_config=language.config.to_dict(),
+            alignment_name_or_path=alignment,
+            alignment_revision=alignment_revision,
+            language_name_or_path=language_model,
+            language_revision=language_revision,
+            **config,
+        )
+        model = cls(decoding_config, aligned, language)
+        model.bridge.token_scale.fill_(model._root_mean_square_token())
+        return model
+
+    @torch.no_grad()
+    def _root_mean_square_token(self) -> Tensor:
+        """Of the numbers in the language model's input embeddings, as it scales them."""
+        embeddings: Any = self.get_input_embeddings()
+        ids = torch.arange(len(embeddings.weight), device=embeddings.weight.device)
+        squares = [embeddings(chunk).float().square().sum() for chunk in ids.split(_CHUNK)]
+        return (torch.stack(squares).sum() / embeddings.weight.numel()).sqrt()
+
+    @classmethod
+    def from_bridge_pretrained(
+        cls, folder: str | os.PathLike[str], *, alignment: str | None = None, language_model: str | None = None
+    ) -> "EdgeGlassForConditionalGeneration":
+        """Load what `save_bridge_only` wrote, and the alignment and the language model by the names in it.
+
+        Args:
+            folder: Its directory.
+            alignment: Directory or id in the place of the one in the config.
+            language_model: Likewise.
+
+        Raises:
+            ValueError: The folder holds no bridge, or the bridge is of a language model of another width.
+        """
+        path = Path(folder)
+        if not (path / BRIDGE_FILE).is_file():
+            raise ValueError(f"{path} holds no {BRIDGE_FILE}; save_bridge_only writes one")
+        config = EdgeGlassDecodingConfig.from_pretrained(path)
+        kept = ("num_prefix_tokens", "language_training", "lora_rank", "lora_alpha", "lora_target_modules")
+        model = cls.from_alignment_pretrained(
+            alignment or str(config.alignment_name_or_path),
+            language_model or str(config.language_name_or_path),
+            alignment_revision=None if alignment else config.alignment_revision,
+            language_revision=None if language_model else config.language_revision,
+            decoding_seed=config.decoding_seed,
+            **{name: getattr(config, name) for name in kept},
+        )
+        state = load_file(path / BRIDGE_FILE)
+        own = model.trained_state_dict()
+        for name, value in state.items():
+            if name in own and own[name].shape != value.shape:
+                raise ValueError(
+                    f"the bridge in {path} has {name} of shape {tuple(value.shape)}, and one from "
+                    f"{model.config.alignment_name_or_path} to {model.config.language_name_or_path} has "
+                    f"{tuple(own[name].shape)}: it was trained for another alignment or language model"
+                )
+        model.load_trained_state_dict(state)
+        return model
+
+    def save_bridge_only(self, folder: str | os.PathLike[str]) -> None:
+        """Write the config, the bridge and the adapters; the rest is found again by the names in the config.
+
+        Raises:
+            ValueError: The whole language model was trained, or it is not known where a part came from.
+        """
+        if self.config.language_training == "full":
+            raise ValueError("the whole language model was trained: save_pretrained keeps it")
+        if not (self.config.alignment_name_or_path and self.config.language_name_or_path):
+            raise ValueError("alignment_name_or_path and language_name_or_path say what a bridge joins; set them")
+        self.config.save_pretrained(folder)
+        state = {name: value.contiguous() for name, value in self.trained_state_dict().items()}
+        save_file(state, Path(folder) / BRIDGE_FILE, metadata={"format": "pt"})
+
+    def train(self, mode: bool = True) -> "EdgeGlassForConditionalGeneration":
+        """As for any module; the alignment, and the language model unless it trains, stay frozen and in eval mode."""
+        super().train(mode)
+        self.alignment.eval().requires_grad_(False)
+        if self.config.language_training == "frozen":
+            self.language_model.eval().requires_grad_(False)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_output_embeddings()
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The weights that training changes: the bridge, and the language model's adapters or all of it."""
+        distinct = {name for named in (self.named_parameters(), self.named_buffers()) for name, _ in named}
+        return {name: value for name, value in self.state_dict().items() if name in distinct and self._trains(name)}
+
+    def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what `trained_state_dict` gave.
+
+        Raises:
+            ValueError: A weight is missing or is none of this model's.
+        """
+        if wrong := sorted(set(state) ^ set(self.trained_state_dict())):
+            raise ValueError(f"the weights are not this model's: {wrong[0]} and {len(wrong) - 1} others differ")
+        self.load_state_dict(state, strict=False)
+
+    def _trains(self, name: str) -> bool:
+        if not name.startswith("language_model."):
+            return name.startswith("bridge.")
+        return {"frozen": False, "lora": "lora_" in name, "full": True}[self.config.language_training]
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        step: int | None = None,
+        *,
+        image_embeds: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        truncate_dim: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Score the tokens behind an embedding.
+
+        Args:
+            pixel_values: Pictures (B, 3, S, S); or one of the two below in their place.
+            input_ids: Token ids of prompt and answer (B, L), padded on either side.
+            attention_mask: 1 for a real token, 0 for padding (B, L).
+            labels: `input_ids` where they are to be predicted, -100 elsewhere (B, L).
+            step: Optimizer step, which decides the size that is drawn in training; None counts the calls instead.
+            image_embeds: Embeddings of pictures (B, D).
+            text_embeds: Embeddings of captions (B, D).
+            truncate_dim: Numbers of each embedding that are read, 1..D; None draws one of `config.sizes` in train
+                mode, and takes all in eval mode.
+            **kwargs: Handed to the language model, such as `num_items_in_batch`.
+
+        Returns:
+            What the language model returns. Its tokens are the prefix, then the real ones, then the padding; `logits`
+            are (B, P + L, vocabulary). `loss` is the mean over the labels.
+
+        Raises:
+            ValueError: Not exactly one input is given to be described; or there are more tokens than positions.
+        """
+        embeds = self._embeds(pixel_values, image_embeds, text_embeds)
+        if self.training:
+            step, self.num_calls = self.num_calls if step is None else step, self.num_calls + 1
+            truncate_dim = truncate_dim or self._draw(step)
+        inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, labels, pad="right")
+        return self.language_model(**inputs, use_cache=False, **kwargs)
+
+    def _draw(self, step: int) -> int:
+        return random.Random(f"{self.config.decoding_seed}/{step}/decoding_size").choice(self.config.sizes)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        image_embeds: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        truncate_dim: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Describe pictures, or what was embedded.
+
+        Args:
+            pixel_values: Pictures (B, 3, S, S); or one of the two below in their place.
+            input_ids: Token ids of the prompts (B, L), or of one prompt for all (1, L), padded on either side; None
+                has the language model go on from the prefix alone.
+            attention_mask: 1 for a real token, 0 for padding, as `input_ids`.
+            image_embeds: Embeddings of pictures (B, D).
+            text_embeds: Embeddings of captions (B, D).
+            truncate_dim: Numbers of each embedding that are read, 1..D; None takes all.
+            **kwargs: As for any transformers model: `max_new_tokens`, `do_sample`, `num_beams`, ...
+
+        Returns:
+            Ids of the new tokens (B * num_return_sequences, at most max_new_tokens), or what `generate` returns when
+            it is asked for a dict.
+
+        Raises:
+            ValueError: Not exactly one input is given to be described; or there are more tokens than positions.
+        """
+        embeds = self._embeds(pixel_values, image_embeds, text_embeds)
+        if input_ids is not None and len(input_ids) == 1:
+            input_ids = input_ids.expand(len(embeds), -1)
+            attention_mask = None if attention_mask is None else attention_mask.expand(len(embeds), -1)
+        inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, None, pad="left")
+        return self.language_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+
+    def _embeds(self, pixel_values: Tensor | None, image_embeds: Tensor | None, text_embeds: Tensor | None) -> Tensor:
+        """What is to be described (B, D)."""
+        given = [value for value in (pixel_values, image_embeds, text_embeds) if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of pixel_values, image_embeds and text_embeds, got {len(given)}")
+        return given[0] if pixel_values is None else self.alignment.get_image_features(pixel_values)
+
+    def _inputs(
+        self,
+        embeds: Tensor,
+        truncate_dim: int | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        pad: Literal["left", "right"],
+    ) -> dict[str, Tensor]:
+        """Prefix, then real tokens, all padding on one side of them: positions and windows know no gaps then."""
+        kept = truncate_embeds(embeds, truncate_dim)
+        prefix = self.bridge(F.pad(kept, (0, embeds.shape[1] - kept.shape[1])))
+        if input_ids is None:
+            input_ids = torch.empty(len(embeds), 0, dtype=torch.long, device=embeds.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        tokens = self.language_model.get_input_embeddings()(input_ids)
+        tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        attention_mask = F.pad(attention_mask, (prefix.shape[1], 0), value=1)
+        self._check_length(tokens.shape[1])
+        order = attention_mask.argsort(dim=1, stable=True, descending=pad == "right")
+        inputs = {
+            "inputs_embeds": tokens.gather(1, order.unsqueeze(2).expand_as(tokens)),
+            "attention_mask": attention_mask.gather(1, order),
+        }
+        if labels is not None:
+            labels = F.pad(labels, (prefix.shape[1], 0), value=_IGNORED).masked_fill(attention_mask == 0, _IGNORED)
+            inputs["labels"] = labels.gather(1, order)
+        return inputs
+
+    def _check_length(self, length: int) -> None:
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"prefix, prompt and answer are {length} tokens, and the language model takes {positions}: "
+                "cut the text, or set fewer num_prefix_tokens"
+            )

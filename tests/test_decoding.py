@@ -1,0 +1,326 @@
+"""A language model reads an embedding: laws of the bridge, of generation and of what is kept."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling_edgeglass import (
+    EdgeGlassConfig,
+    EdgeGlassDecodingConfig,
+    EdgeGlassDecodingProcessor,
+    EdgeGlassForConditionalGeneration,
+    EdgeGlassModel,
+    EdgeGlassProcessor,
+    truncate_embeds,
+)
+from modeling_edgeglass.decoding_edgeglass import BRIDGE_FILE
+from tests.language_models import FAMILIES, save_tiny_language_model, tiny_language_config
+
+LENGTHS = (6, 4, 3)  # of the prompts
+
+
+def make_decoder(config: EdgeGlassConfig, family: str = "qwen3", **options) -> EdgeGlassForConditionalGeneration:
+    torch.manual_seed(0)
+    sections = {"alignment_config": config.to_dict(), "text_config": tiny_language_config(family)}
+    return EdgeGlassForConditionalGeneration(
+        EdgeGlassDecodingConfig(**sections, **({"num_prefix_tokens": 4} | options))
+    ).eval()
+
+
+@pytest.fixture
+def decoder(config: EdgeGlassConfig) -> EdgeGlassForConditionalGeneration:
+    return make_decoder(config)
+
+
+@pytest.fixture
+def embeds() -> Tensor:
+    return F.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+@pytest.fixture
+def prompts() -> dict[str, Tensor]:
+    """Three, padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(6) >= 6 - torch.tensor(LENGTHS)[:, None]
+    return {"input_ids": torch.randint(4, 90, (3, 6), generator=generator) * mask, "attention_mask": mask.long()}
+
+
+def to_the_right(prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+    order = prompts["attention_mask"].argsort(dim=1, stable=True, descending=True)
+    return {name: value.gather(1, order) for name, value in prompts.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_changes_no_token(config, family: str, embeds: Tensor, prompts):
+    decoder = make_decoder(config, family)
+    options = {"image_embeds": embeds, **prompts, "max_new_tokens": 24, "min_new_tokens": 24}
+    for how in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 3}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(decoder.generate(**options, **how, use_cache=use_cache))
+        assert found[0].shape == (3, 24)
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_differing_prompts_says_what_each_alone_does(config, family: str, embeds: Tensor, prompts):
+    decoder = make_decoder(config, family)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    together = decoder.generate(image_embeds=embeds, **prompts, **options)
+    assert torch.equal(decoder.generate(image_embeds=embeds, **to_the_right(prompts), **options), together)
+    for i, length in enumerate(LENGTHS):
+        alone = decoder.generate(image_embeds=embeds[[i]], input_ids=prompts["input_ids"][[i], -length:], **options)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_sequences_asked_for_and_one_prompt_for_all(decoder, embeds: Tensor, prompts):
+    one = {"input_ids": prompts["input_ids"][:1]}
+    said = decoder.generate(
+        image_embeds=embeds, **one, do_sample=True, num_return_sequences=2, max_new_tokens=5, min_new_tokens=5
+    )
+    assert said.shape == (6, 5)
+    alone = decoder.generate(image_embeds=embeds, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert alone.shape == (3, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_each_sequence_without_padding(config, family: str, embeds: Tensor, prompts):
+    decoder = make_decoder(config, family)
+    labels = prompts["input_ids"].masked_fill(torch.arange(6) < 4, -100)
+    whole = decoder(image_embeds=embeds, **prompts, labels=labels)
+    losses = []
+    for i, length in enumerate(LENGTHS):
+        ids = prompts["input_ids"][i, -length:]
+        tokens = torch.cat([decoder.bridge(embeds[[i]]), decoder.get_input_embeddings()(ids)[None]], dim=1)
+        logits = decoder.language_model(inputs_embeds=tokens).logits[0]
+        losses += [F.cross_entropy(logits[3 + place], ids[place]) for place in range(length - 2, length)]
+    assert whole.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    right = to_the_right(prompts | {"labels": labels})
+    assert decoder(image_embeds=embeds, **right).loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+
+
+def test_labels_of_padding_count_for_nothing(decoder, embeds: Tensor, prompts):
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    masked = decoder(image_embeds=embeds, **prompts, labels=ids.masked_fill(mask == 0, -100))
+    assert decoder(image_embeds=embeds, **prompts, labels=ids).loss == masked.loss
+
+
+@pytest.mark.parametrize("size", [8, 20, 64])
+def test_a_size_reads_the_first_numbers_alone(decoder, embeds: Tensor, prompts, size: int):
+    changed = torch.cat([embeds[:, :size], torch.randn(3, 64 - size)], dim=1)
+    logits = decoder(image_embeds=embeds, **prompts, truncate_dim=size).logits
+    assert torch.equal(decoder(image_embeds=changed, **prompts, truncate_dim=size).logits, logits)
+    filled = F.pad(truncate_embeds(embeds, size), (0, 64 - size))
+    torch.testing.assert_close(decoder(image_embeds=filled, **prompts).logits, logits)
+
+
+def test_pictures_and_captions_are_read_through_their_embeddings(decoder, batch, prompts):
+    pictures, captions = batch["pixel_values"][:3], batch["input_ids"][:3]
+    image_embeds = decoder.alignment.get_image_features(pictures)
+    logits = decoder(pictures, **prompts).logits
+    assert torch.equal(decoder(image_embeds=image_embeds, **prompts).logits, logits)
+    text_embeds = decoder.alignment.get_text_features(captions, batch["attention_mask"][:3])
+    assert not torch.allclose(decoder(text_embeds=text_embeds, **prompts).logits, logits)
+    for given in ({}, {"pixel_values": pictures, "image_embeds": image_embeds}):
+        with pytest.raises(ValueError, match=f"one of pixel_values, image_embeds and text_embeds, got {len(given)}"):
+            decoder(**given, **prompts)
+
+
+def test_training_draws_a_size_by_the_step(decoder, embeds: Tensor, prompts):
+    def loss(**options) -> float:
+        return decoder(image_embeds=embeds, **prompts, labels=prompts["input_ids"], **options).loss.item()
+
+    by_size = {size: loss(truncate_dim=size) for size in (64, 32, 16, 8)}
+    assert loss() == by_size[64]
+    assert len(set(by_size.values())) == 4
+    decoder.train()
+    drawn = [loss(step=step) for step in range(40)]
+    assert set(drawn) == set(by_size.values())
+    assert [loss(step=step) for step in range(40)] == drawn
+    decoder.num_calls = 0
+    assert [loss() for _ in range(40)] == drawn
+
+
+@pytest.mark.parametrize("training", ["frozen", "lora", "full"])
+def test_what_trains_gets_a_gradient_and_is_what_is_kept(config, embeds: Tensor, prompts, training: str):
+    decoder = make_decoder(config, language_training=training).train()
+    assert not decoder.alignment.training
+    assert decoder.language_model.training == (training != "frozen")
+    decoder(image_embeds=embeds, **prompts, labels=prompts["input_ids"]).loss.backward()
+    moved = {name for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+    assert moved | {"bridge.token_scale"} == set(decoder.trained_state_dict())
+    assert all(name.startswith(("bridge.", "language_model.")) for name in moved)
+    assert any("lora_" in name for name in moved) == (training == "lora")
+    assert any("embed_tokens" in name for name in moved) == (training == "full")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])  # the second has its embedding twice, tied
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+def test_a_whole_model_comes_back_as_it_was(config, embeds, prompts, tmp_path: Path, family: str, training: str):
+    decoder = make_decoder(config, family, language_training=training)
+    randomise(decoder)
+    decoder.save_pretrained(tmp_path)
+    loaded = EdgeGlassForConditionalGeneration.from_pretrained(tmp_path)
+    for size in (64, 8):
+        options = {"image_embeds": embeds, **prompts, "truncate_dim": size}
+        assert torch.equal(loaded(**options).logits, decoder(**options).logits)
+
+
+def randomise(decoder: EdgeGlassForConditionalGeneration) -> None:
+    """All that trains; adapters start at zero."""
+    for name, value in decoder.named_parameters():
+        if name in decoder.trained_state_dict():
+            torch.nn.init.normal_(value, std=0.1)
+
+
+@pytest.fixture
+def parts(model: EdgeGlassModel, text_dir: str, vision_dir: str, tmp_path: Path) -> tuple[str, str]:
+    """A saved alignment and a saved language model."""
+    model.save_pretrained(tmp_path / "alignment")
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path / "alignment")
+    return str(tmp_path / "alignment"), save_tiny_language_model(tmp_path / "language")
+
+
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+def test_a_bridge_alone_finds_its_two_ends_again(parts, embeds: Tensor, prompts, tmp_path: Path, training: str):
+    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts, language_training=training).eval()
+    randomise(decoder)
+    decoder.save_bridge_only(tmp_path / "bridge")
+    size = sum(path.stat().st_size for path in (tmp_path / "bridge").iterdir())
+    assert size < 1.2 * sum(value.nbytes for value in decoder.trained_state_dict().values()) + 20_000
+    loaded = EdgeGlassForConditionalGeneration.from_bridge_pretrained(tmp_path / "bridge").eval()
+    options = {"image_embeds": embeds, **prompts}
+    assert torch.equal(loaded(**options).logits, decoder(**options).logits)
+
+
+def test_soft_tokens_start_as_long_as_tokens(parts, config, embeds: Tensor):
+    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts)
+    tokens = decoder.get_input_embeddings().weight
+    assert decoder.bridge.token_scale.item() == pytest.approx(tokens.square().mean().sqrt().item())
+    scaled = make_decoder(config, "gemma3_text")  # by the square root of its width
+    expected = scaled.get_input_embeddings().weight.square().mean().sqrt().item() * 32**0.5
+    assert scaled._root_mean_square_token().item() == pytest.approx(expected, rel=1e-2)
+    assert 0.2 < decoder.bridge(embeds).square().mean().sqrt() / decoder.bridge.token_scale < 2
+
+
+def test_a_bridge_of_another_language_model_is_refused(parts, tmp_path: Path, config):
+    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts)
+    decoder.save_bridge_only(tmp_path / "bridge")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    wider = tiny_language_config("qwen3", hidden_size=48)
+    Qwen3ForCausalLM(Qwen3Config(**wider)).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="it was trained for another alignment or language model"):
+        EdgeGlassForConditionalGeneration.from_bridge_pretrained(
+            tmp_path / "bridge", language_model=str(tmp_path / "wider")
+        )
+    (tmp_path / "bridge" / BRIDGE_FILE).unlink()
+    with pytest.raises(ValueError, match=f"holds no {re.escape(BRIDGE_FILE)}"):
+        EdgeGlassForConditionalGeneration.from_bridge_pretrained(tmp_path / "bridge")
+    with pytest.raises(ValueError, match="save_pretrained keeps it"):
+        make_decoder(config, language_training="full").save_bridge_only(tmp_path / "full")
+    with pytest.raises(ValueError, match="say what a bridge joins"):
+        make_decoder(config).save_bridge_only(tmp_path / "nameless")
+
+
+def test_what_cannot_be_joined_says_so(parts, tmp_path: Path, config, monkeypatch: pytest.MonkeyPatch):
+    join = EdgeGlassForConditionalGeneration.from_alignment_pretrained
+    with pytest.raises(ValueError, match=r"alignment '.*nowhere' cannot be loaded"):
+        join(str(tmp_path / "nowhere"), parts[1])
+    with pytest.raises(ValueError, match=r"language model '.*nowhere' cannot be loaded"):
+        join(parts[0], str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="language_training must be one of frozen, lora, full, got 'some'"):
+        join(*parts, language_training="some")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="load_in_4bit wants a CUDA GPU"):
+        join(*parts, load_in_4bit=True)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="needs peft: pip install"):
+        make_decoder(config, language_training="lora")
+
+
+def test_more_tokens_than_positions_are_refused(decoder, embeds: Tensor):
+    long = torch.full((3, 253), 5)
+    with pytest.raises(ValueError, match="are 257 tokens, and the language model takes 256"):
+        decoder(image_embeds=embeds, input_ids=long)
+    assert decoder(image_embeds=embeds, input_ids=long[:, 1:]).logits.shape[1] == 256
+
+
+def test_the_loss_is_a_mean_over_the_tokens_of_all_micro_batches(decoder, embeds: Tensor, prompts):
+    labels = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, -100)
+    whole = decoder(image_embeds=embeds, **prompts, labels=labels).loss
+    count = int((labels != -100).sum())
+    parts = [
+        decoder(
+            image_embeds=embeds[rows],
+            **{name: value[rows] for name, value in prompts.items()},
+            labels=labels[rows],
+            num_items_in_batch=count,
+        ).loss
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_prompts_and_answers_go_the_way_of_the_tokenizer(parts, tmp_path: Path, template: str | None):
+    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = template
+    prompt = processor.prompt_ids("Say it.")
+    text = "<user>Say it.</user><assistant>" if template else "Say it.\n"
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert prompt == (words if template else [tokenizer.bos_token_id, *words])
+    encoded = processor.encode_answers(["Say it.", "Say."], ["a red box", "a dot"], max_length=50)
+    for row, answer in enumerate(("a red box", "a dot")):
+        labels = encoded["labels"][row]
+        said = labels[labels != -100]
+        assert said[-1] == tokenizer.eos_token_id
+        assert said[:-1].tolist() == tokenizer(answer, add_special_tokens=False)["input_ids"]
+        assert torch.equal(encoded["input_ids"][row][labels != -100], said)
+    assert encoded["input_ids"][0, : len(prompt)].tolist() == prompt
+    assert (encoded["labels"][encoded["attention_mask"] == 0] == -100).all()
+    cut = processor.encode_answers(["Say it."], ["a red box"], max_length=2)
+    assert (cut["labels"] != -100).sum() == 2
+    processor.save_pretrained(tmp_path / "processor")
+    loaded = EdgeGlassDecodingProcessor.from_pretrained(tmp_path / "processor")
+    assert loaded.prompt_ids("Say it.") == prompt
+    captions = ["a red box", "two"]
+    for ours, theirs in zip(
+        processor.alignment_processor(text=captions).values(),
+        loaded.alignment_processor(text=captions).values(),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_processor_makes_what_generate_takes(parts):
+    from PIL import Image
+
+    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
+    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts).eval()
+    images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    inputs = processor(images=images, text=["Say it.", "What is this?"])
+    said = processor.decode_answers(decoder.generate(**inputs, max_new_tokens=8, do_sample=False))
+    assert len(said) == 2
+    assert all(isinstance(text, str) for text in said)
+
+
+def test_a_tokenizer_without_an_end_is_refused(parts):
+    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
+    tokenizer = processor.tokenizer
+    others = {"image_processor": processor.image_processor, "alignment_tokenizer": processor.alignment_tokenizer}
+    tokenizer.pad_token = None
+    assert EdgeGlassDecodingProcessor(tokenizer=tokenizer, **others).tokenizer.pad_token == "[SEP]"
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no pad_token and no eos_token"):
+        EdgeGlassDecodingProcessor(tokenizer=tokenizer, **others)
