@@ -19,7 +19,8 @@ import re
 import sys
 from datetime import UTC, datetime
 
-from training.config import AlignmentConfig, load_config, save_config
+from training.config import AlignmentConfig, load_config
+from training.config_files import save_config
 from training.errors import UserError
 from training.signals import Interrupted, SignalListener
 

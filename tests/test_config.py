@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from modeling_edgeglass.configuration_edgeglass import POOLING_TYPES
-from training.config import POOLING, key_error, load_config, save_config
+from training.config import POOLING, load_config
+from training.config_files import key_error, save_config
 from training.errors import ConfigError
 
 MINIMAL = "dataset: {train_parquet: a.parquet, val_parquet: b.parquet}\ntrainer: {output_dir: out}\n"

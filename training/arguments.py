@@ -15,7 +15,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
 
-from training.config import AlignmentConfig, Rule, at_least, check_value, key_error
+from training.config import AlignmentConfig
+from training.config_files import Rule, at_least, check_value, key_error
 from training.errors import ConfigError
 from training.retrieval import RECALL_KS
 
