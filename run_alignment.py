@@ -110,7 +110,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         save_config(config, f"{output_dir}/{CONFIG}")
         save_environment(describe_environment(datetime.now(UTC), args.world_size), output_dir)
     try:
-        cache_features(config, trainer, processor, datasets, signals)
+        cache_features(config.dataset, model, trainer, processor, datasets, signals)
         if checkpoint is None:
             initialize(config, trainer)
     except Interrupted:

@@ -206,7 +206,7 @@ def make_trainer(config: AlignmentConfig, cell: Cell) -> AlignmentTrainer:
     trainer = AlignmentTrainer(
         model, args, processing_class=processor, train_dataset=data["train"], eval_dataset=data["val"], visualize=False
     )
-    cache_features(config, trainer, processor, data)
+    cache_features(config.dataset, model, trainer, processor, data)
     captions = [data["train"].pairs.without_image(row).caption for row in range(len(data["train"]))]
     concepts = sorted(set(captions))
     random.Random(cell.seed).shuffle(concepts)

@@ -33,6 +33,6 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
         tower_chunk_size=config.optimization.tower_chunk_size,
         visualize=visualize,
     )
-    cache_features(config, trainer, processor, data)
+    cache_features(config.dataset, model, trainer, processor, data)
     initialize(config, trainer)
     return trainer

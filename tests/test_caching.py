@@ -127,7 +127,7 @@ def test_how_a_tokenizer_was_last_called_makes_no_new_cache(run_config: Path, ca
     processor = trainer.processing_class
     processor.tokenizer(["a"], padding="max_length", max_length=7, truncation=True)  # a notebook that looks at lengths
     data = {"train": trainer.train_dataset, "val": trainer.eval_dataset}
-    cache_features(load_config(run_config, [CACHED, cache_dir]), trainer, processor, data)
+    cache_features(load_config(run_config, [CACHED, cache_dir]).dataset, trainer.model, trainer, processor, data)
     assert folders(cache_dir) == before
 
 

@@ -28,6 +28,7 @@ from training.data import (
 )
 from training.errors import DataError, OutputError, printable
 from training.images import decode_image
+from training.parquet import ParquetPairs
 from training.randomness import keyed_rng
 from training.transforms import get_image_transforms
 
@@ -344,3 +345,21 @@ def test_half_a_line_of_a_kill_stops_no_restart(tmp_path: Path, left: str):
     path.write_text(left, newline="")
     BadSampleLog(path, {}, 0.5).record([BadSample("f", row, "a", "b") for row in (1, 2)])
     assert path.read_text().splitlines() == ["file,row,sample_id,reason", "f,1,a,b", "f,2,a,b"]
+
+
+def test_an_answer_comes_with_its_question(tmp_path: Path):
+    table = {"image_bytes": [b"", b""], "question": ["What?", None], "answer": ["A dot.", "A box."]}
+    pyarrow.parquet.write_table(pyarrow.table(table | {"caption": ["one", "two"]}), tmp_path / "a.parquet")
+    pairs = ParquetPairs(tmp_path / "a.parquet", with_questions=True)
+    assert [(pairs[i].question, pairs[i].caption) for i in range(2)] == [("What?", "A dot."), (None, "A box.")]
+    assert pairs.without_image(0).question == "What?"
+    plain = ParquetPairs(tmp_path / "a.parquet")
+    assert [(plain[i].question, plain[i].caption) for i in range(2)] == [(None, "one"), (None, "two")]
+    with pytest.raises(
+        DataError, match=r"no column 'asked'; .*dataset\.question_column in the config, names another$"
+    ):
+        ParquetPairs(tmp_path / "a.parquet", with_questions=True, question_column="asked")
+    numbers = pyarrow.table(table | {"question": [1, 2]})
+    pyarrow.parquet.write_table(numbers, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="column 'question' holds int64, not text"):
+        ParquetPairs(tmp_path / "b.parquet", with_questions=True)

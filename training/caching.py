@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from modeling_edgeglass.captions import hash_captions
 from modeling_edgeglass.distributed import rank, world_size
 from training.batches import tokenize
 from training.checkpointing import CheckpointingTrainer
-from training.config import AlignmentConfig
+from training.config import DatasetConfig
 from training.data import BadRowError, PixmoParquetImageTextDataset, content_hash
 from training.errors import ConfigError, UserError, told_by_each_rank
 from training.feature_cache import ENTRIES_PER_SHARD, Entry, FeatureCache
@@ -35,13 +35,14 @@ Batch = dict[str, Tensor]
 
 
 def cache_features(
-    config: AlignmentConfig,
+    config: DatasetConfig,
+    model: EdgeGlassModel,
     trainer: CheckpointingTrainer,
     processor: EdgeGlassProcessor,
     datasets: Mapping[str, PixmoParquetImageTextDataset],
     signals: SignalListener | None = None,
 ) -> None:
-    """Fill the caches of `datasets` from the frozen towers of `trainer.model`, and open them; if the config says so.
+    """Fill the caches of `datasets` from the frozen towers of `model`, and open them; if the config says so.
 
     Each rank computes its share of the files that are missing. A cache is of these weights, this preprocessing and
     this content alone: with anything else changed there is another one.
@@ -50,15 +51,15 @@ def cache_features(
         ConfigError: The disk has not the room, or a feature is too large for `dataset.cache_dtype`.
         Interrupted: A signal came.
     """
-    if config.dataset.cache == "off":
+    if config.cache == "off":
         return
     signals = signals or SignalListener()
-    parent = Path(config.dataset.cache_dir or Path(HF_HOME) / "edgeglass")
-    passes = _passes(config, trainer, processor, datasets, parent)
-    todo = _of_rank_0(lambda: _find_missing(passes, parent, trainer))
+    parent = Path(config.cache_dir or Path(HF_HOME) / "edgeglass")
+    passes = _passes(config, model, trainer, processor, datasets, parent)
+    todo = _of_rank_0(lambda: _find_missing(passes, parent, model, trainer))
     for work, missing in zip(passes, todo, strict=True):
         if missing:
-            _fill(work, missing, trainer, signals)
+            _fill(work, missing, model, trainer, signals)
         work.attach()
 
 
@@ -74,11 +75,13 @@ class _Pass(Dataset[tuple[Any, int]]):
         """Good items as a batch."""
         raise NotImplementedError
 
-    def encode(self, trainer: CheckpointingTrainer, batch: Batch) -> Iterator[tuple[Tensor, int]]:
+    def encode(
+        self, model: EdgeGlassModel, trainer: CheckpointingTrainer, batch: Batch
+    ) -> Iterator[tuple[Tensor, int]]:
         """Features without padding (N, D), or pooled (D,), and the token hash, of each item."""
         raise NotImplementedError
 
-    def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
+    def bytes_per_entry(self, model: EdgeGlassModel, trainer: CheckpointingTrainer) -> float:
         """About what an entry takes on disk."""
         raise NotImplementedError
 
@@ -102,8 +105,10 @@ class _Pictures(_Pass):
     def collate(self, items: Sequence[Tensor]) -> Batch:
         return {"pixel_values": torch.stack(list(items))}
 
-    def encode(self, trainer: CheckpointingTrainer, batch: Batch) -> Iterator[tuple[Tensor, int]]:
-        encoder = cast(EdgeGlassModel, trainer.model).vision_encoder
+    def encode(
+        self, model: EdgeGlassModel, trainer: CheckpointingTrainer, batch: Batch
+    ) -> Iterator[tuple[Tensor, int]]:
+        encoder = model.vision_encoder
         with torch.no_grad(), trainer.accelerator.autocast():
             features = encoder.features(batch["pixel_values"].to(trainer.args.device))
             if self.cache.is_pooled:
@@ -111,8 +116,8 @@ class _Pictures(_Pass):
         for kept in features.cpu():
             yield kept, 0
 
-    def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
-        (kept, _), *_ = self.encode(trainer, self.collate([self.dataset.blank_pixels()]))
+    def bytes_per_entry(self, model: EdgeGlassModel, trainer: CheckpointingTrainer) -> float:
+        (kept, _), *_ = self.encode(model, trainer, self.collate([self.dataset.blank_pixels()]))
         tokens = torch.atleast_2d(kept)
         return len(tokens) * self.cache.bytes_per_token(tokens.shape[1])
 
@@ -148,8 +153,10 @@ class _Captions(_Pass):
     def collate(self, items: Sequence[str]) -> Batch:
         return tokenize(self.tokenizer, items)
 
-    def encode(self, trainer: CheckpointingTrainer, batch: Batch) -> Iterator[tuple[Tensor, int]]:
-        encoder, device = cast(EdgeGlassModel, trainer.model).text_encoder, trainer.args.device
+    def encode(
+        self, model: EdgeGlassModel, trainer: CheckpointingTrainer, batch: Batch
+    ) -> Iterator[tuple[Tensor, int]]:
+        encoder, device = model.text_encoder, trainer.args.device
         input_ids, real = batch["input_ids"], batch["attention_mask"].bool()
         found: list[Tensor] = [torch.empty(0)] * len(real)
         for chunk in real.sum(dim=1).argsort(stable=True).split(_BATCH_SIZE):
@@ -163,8 +170,8 @@ class _Captions(_Pass):
                 found[place] = kept if self.cache.is_pooled else kept[is_real]
         yield from zip(found, hash_captions(input_ids, batch["attention_mask"]).tolist(), strict=True)
 
-    def bytes_per_entry(self, trainer: CheckpointingTrainer) -> float:
-        encoder = cast(EdgeGlassModel, trainer.model).text_encoder
+    def bytes_per_entry(self, model: EdgeGlassModel, trainer: CheckpointingTrainer) -> float:
+        encoder = model.text_encoder
         if self.cache.is_pooled:
             return self.cache.bytes_per_token(encoder.pooled_size)
         sampled = range(0, len(self.dataset), -(-len(self.dataset) // _SAMPLED_CAPTIONS))
@@ -177,14 +184,14 @@ class _Captions(_Pass):
 
 
 def _passes(
-    config: AlignmentConfig,
+    config: DatasetConfig,
+    model: EdgeGlassModel,
     trainer: CheckpointingTrainer,
     processor: EdgeGlassProcessor,
     datasets: Mapping[str, PixmoParquetImageTextDataset],
     parent: Path,
 ) -> list[_Pass]:
-    model, dtype = cast(EdgeGlassModel, trainer.model), config.dataset.cache_dtype
-    is_pooled = config.dataset.cache == "pooled"
+    dtype, is_pooled = config.cache_dtype, config.cache == "pooled"
     towers = {
         name: {
             "weights": weights_checksum(encoder.backbone.state_dict()),
@@ -201,7 +208,7 @@ def _passes(
     for split, dataset in datasets.items():
         origin = {"content": dataset.pairs.fingerprint, "max_image_pixels": dataset.max_image_pixels}
         if "vision" in towers:
-            views = config.dataset.cache_views if split == "train" else 0
+            views = config.cache_views if split == "train" else 0
             dataset.views = max(1, views)
             seen = {"column": dataset.pairs.image_column, "transform": repr(dataset.image_transforms)}
             drawn = {"views": views, "seed": dataset.seed} if views else {}
@@ -213,7 +220,8 @@ def _passes(
                 dtype,
                 is_pooled,
             )
-            passes.append(_Pictures(f"{split} pictures" + (f" in {views} views" if views else ""), dataset, cache))
+            title = f"{split} pictures" + (f" in {views} views" if views else "")
+            passes.append(_Pictures(title, dataset, cache))
         if "text" in towers:
             read = {"column": dataset.pairs.caption_column, "max_text_length": dataset.max_text_length}
             read["tokenizer"] = _saved_hash(processor.tokenizer)
@@ -235,7 +243,9 @@ def _saved_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         return fingerprint(sorted(str(path) for path in Path(folder).iterdir() if path.is_file()))
 
 
-def _find_missing(passes: Sequence[_Pass], parent: Path, trainer: CheckpointingTrainer) -> list[list[int]]:
+def _find_missing(
+    passes: Sequence[_Pass], parent: Path, model: EdgeGlassModel, trainer: CheckpointingTrainer
+) -> list[list[int]]:
     """The files that each cache lacks; says what they will take.
 
     Raises:
@@ -248,7 +258,7 @@ def _find_missing(passes: Sequence[_Pass], parent: Path, trainer: CheckpointingT
         entries = sum(len(work.cache.entries_of(shard)) for shard in missing)
         todo.append(missing)
         if missing:
-            size = entries * work.bytes_per_entry(trainer) / 1e9
+            size = entries * work.bytes_per_entry(model, trainer) / 1e9
             needed += size
             tqdm.write(f"features of {entries} {work.title}: about {size:.2f} GB in {work.cache.folder}")
     try:
@@ -280,7 +290,13 @@ def _of_rank_0(find: Callable[[], list[list[int]]]) -> list[list[int]]:
     return found[0]
 
 
-def _fill(work: _Pass, missing: Sequence[int], trainer: CheckpointingTrainer, signals: SignalListener) -> None:
+def _fill(
+    work: _Pass,
+    missing: Sequence[int],
+    model: EdgeGlassModel,
+    trainer: CheckpointingTrainer,
+    signals: SignalListener,
+) -> None:
     """Write the missing files, each rank its share; all ranks stop together.
 
     Raises:
@@ -291,7 +307,7 @@ def _fill(work: _Pass, missing: Sequence[int], trainer: CheckpointingTrainer, si
     total = sum(len(work.cache.entries_of(shard)) for shard in mine)
     is_shown = rank() == 0 and not trainer.args.disable_tqdm
     with tqdm(total=total, desc=f"features of {work.title}", disable=not is_shown) as bar, told_by_each_rank():
-        written = _write(work, mine, trainer, signals, bar)
+        written = _write(work, mine, model, trainer, signals, bar)
         done = 0
         for _ in missing[:: world_size()]:
             error: UserError | None = None
@@ -310,7 +326,12 @@ def _fill(work: _Pass, missing: Sequence[int], trainer: CheckpointingTrainer, si
 
 
 def _write(
-    work: _Pass, shards: Sequence[int], trainer: CheckpointingTrainer, signals: SignalListener, bar: "tqdm[Any]"
+    work: _Pass,
+    shards: Sequence[int],
+    model: EdgeGlassModel,
+    trainer: CheckpointingTrainer,
+    signals: SignalListener,
+    bar: "tqdm[Any]",
 ) -> Iterator[int]:
     """Write one file after the other; gives the number of entries of each, and ends at a signal."""
     batches = [
@@ -332,7 +353,7 @@ def _write(
             if signals.received:
                 return
             batch, marks = next(results)
-            good = work.encode(trainer, batch) if batch else iter(())
+            good = work.encode(model, trainer, batch) if batch else iter(())
             for content_id, defect in marks:
                 features, token_hash = (None, 0) if defect else next(good)
                 entries.append(Entry(features, content_id, token_hash, defect))

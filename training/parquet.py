@@ -23,6 +23,8 @@ from training.files import fingerprint
 IMAGE_COLUMNS = ("image_bytes", "image", "jpg")
 CAPTION_COLUMNS = ("caption", "text", "txt")
 SAMPLE_ID_COLUMNS = ("sample_id", "key")
+QUESTION_COLUMNS = ("question",)
+ANSWER_COLUMNS = ("answer", *CAPTION_COLUMNS)
 
 _ROWS_PER_BATCH, _BUFFER_BYTES = 64, 1 << 20
 
@@ -31,12 +33,16 @@ ParquetPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class Row:
-    """A pair as it is stored; what is null is None, and so is all of a row with a `defect`."""
+    """A pair as it is stored; what is null is None, and so is all of a row with a `defect`.
+
+    Where questions are asked, `caption` is the answer.
+    """
 
     image_bytes: bytes | None
     caption: str | None
     sample_id: str
     defect: str | None = None
+    question: str | None = None
 
 
 class ParquetPairs:
@@ -47,6 +53,8 @@ class ParquetPairs:
         image_column: Column of the picture; None finds it. So do the next two.
         caption_column: Column of the caption.
         sample_id_column: Column of the id; where there is none, the row number is the id.
+        with_questions: The caption may be the answer to a question: columns of both are found.
+        question_column: Column of the question; None finds it, where there is one.
 
     Raises:
         DataError: A file cannot be read, a column is missing or of a wrong kind, or there are no rows.
@@ -59,6 +67,8 @@ class ParquetPairs:
         image_column: str | None = None,
         caption_column: str | None = None,
         sample_id_column: str | None = None,
+        with_questions: bool = False,
+        question_column: str | None = None,
     ) -> None:
         metadata = {file: _read_metadata(file) for file in find_parquet_files(parquet_path)}
         self.files = [file for file in metadata if metadata[file].num_rows > 0]
@@ -68,15 +78,19 @@ class ParquetPairs:
         self._ends = list(accumulate(self.rows_per_file.values()))
         schemas = {file: metadata[file].schema.to_arrow_schema() for file in self.files}
         first = self.files[0]
-        self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, schemas[first].names, first)
-        self.caption_column = _find_column("caption", caption_column, CAPTION_COLUMNS, schemas[first].names, first)
+        names = schemas[first].names
+        captions = ANSWER_COLUMNS if with_questions else CAPTION_COLUMNS
+        self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, names, first)
+        self.caption_column = _find_column("caption", caption_column, captions, names, first)
         if self.image_column == self.caption_column:
             raise DataError(f"{first}: column {self.image_column!r} is to be both picture and caption")
-        self._sample_id = None
-        if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(schemas[first].names):
-            self._sample_id = _find_column(
-                "sample_id", sample_id_column, SAMPLE_ID_COLUMNS, schemas[first].names, first
-            )
+        self._sample_id, self._question = None, None
+        if sample_id_column is not None or set(SAMPLE_ID_COLUMNS) & set(names):
+            self._sample_id = _find_column("sample_id", sample_id_column, SAMPLE_ID_COLUMNS, names, first)
+        if with_questions and (question_column is not None or set(QUESTION_COLUMNS) & set(names)):
+            self._question = _find_column("question", question_column, QUESTION_COLUMNS, names, first)
+        optional = (self._sample_id, self._question)
+        self._columns = [self.image_column, self.caption_column, *(name for name in optional if name is not None)]
         for file, schema in schemas.items():
             self._check_columns(file, schema)
             self._check_kinds(file, schema, first, schemas[first])
@@ -100,7 +114,7 @@ class ParquetPairs:
             if None in image_bytes:
                 return Row(None, None, str(index), "a byte of the picture is null")
             image_bytes = bytes(image_bytes)
-        return Row(image_bytes, stored[self.caption_column], self._id(index, stored))
+        return self._row(index, stored, image_bytes)
 
     def without_image(self, index: int) -> Row:
         """A row as if it had no picture, whose bytes stay on the disk."""
@@ -108,10 +122,12 @@ class ParquetPairs:
             stored = self._without_image[index]
         except UnicodeDecodeError:
             return Row(None, None, str(index), "the caption or id is no UTF-8")
-        return Row(None, stored[self.caption_column], self._id(index, stored))
+        return self._row(index, stored, None)
 
-    def _id(self, index: int, stored: Mapping[str, Any]) -> str:
-        return str(index if self._sample_id is None else stored[self._sample_id])
+    def _row(self, index: int, stored: Mapping[str, Any], image_bytes: bytes | None) -> Row:
+        sample_id = str(index if self._sample_id is None else stored[self._sample_id])
+        question = None if self._question is None else stored[self._question]
+        return Row(image_bytes, stored[self.caption_column], sample_id, question=question)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -125,7 +141,7 @@ class ParquetPairs:
 
     def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
         """Every shard must have the columns of the first, of a kind that we can read."""
-        for column in filter(None, (self.image_column, self.caption_column, self._sample_id)):
+        for column in self._columns:
             if column not in schema.names:
                 raise DataError(f"{file}: no column {column!r}; it has {', '.join(schema.names)}")
             if schema.names.count(column) > 1:
@@ -133,22 +149,19 @@ class ParquetPairs:
         if not _holds_bytes(schema.field(self.image_column).type):
             kind = schema.field(self.image_column).type
             raise DataError(f"{file}: column {self.image_column!r} holds {kind}, not the bytes of pictures")
-        if not _holds_text(schema.field(self.caption_column).type):
-            raise DataError(
-                f"{file}: column {self.caption_column!r} holds {schema.field(self.caption_column).type}, not text"
-            )
+        for column in filter(None, (self.caption_column, self._question)):
+            if not _holds_text(schema.field(column).type):
+                raise DataError(f"{file}: column {column!r} holds {schema.field(column).type}, not text")
 
     def _check_kinds(self, file: str, schema: pyarrow.Schema, first: str, expected: pyarrow.Schema) -> None:
         """Shards are one table: a column is of one kind in all of them."""
-        for column in filter(None, (self.image_column, self.caption_column, self._sample_id)):
+        for column in self._columns:
             kind, wanted = schema.field(column).type, expected.field(column).type
             if _kind(kind) != _kind(wanted):
                 raise DataError(f"{file}: column {column!r} holds {kind}, where {first} has {wanted}")
 
     def _load(self, schema: pyarrow.Schema) -> datasets.Dataset:
-        columns = [
-            column for column in (self.image_column, self.caption_column, self._sample_id) if column is not None
-        ]
+        columns = self._columns
         # Of the schema, not of what the file's own metadata claims the features to be.
         plain = pyarrow.schema(
             [schema.field(column).remove_metadata() for column in schema.names if column in columns]
@@ -218,7 +231,7 @@ def _find_column(kind: str, wanted: str | None, usual: Sequence[str], columns: S
         if name in columns:
             return name
     expected = f"column {wanted!r}" if wanted else f"{kind} column ({', '.join(usual)})"
-    option = "" if kind == "sample_id" else f", or --{kind}-column in evaluation"
+    option = f", or --{kind}-column in evaluation" if kind in ("image", "caption") else ""
     hint = f"dataset.{kind}_column in the config{option}, names another"
     raise DataError(f"{file}: no {expected}; it has {', '.join(columns)}; {hint}")
 
