@@ -59,7 +59,7 @@ def test_saving_and_loading_changes_nothing(path: Path, tmp_path: Path):
     [
         (
             "optimization.learning_rat=1",
-            "there is no key 'optimization.learning_rat'; valid keys: init, spectral_ridge",
+            "there is no key 'optimization.learning_rat'; valid keys: lr, weight_decay",
         ),
         ("optimization.warmup=1", "there is no key 'optimization.warmup'; did you mean 'warmup_ratio'?"),
         ("datasett.batch_size=1", "there is no key 'datasett'; did you mean 'dataset'?"),

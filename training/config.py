@@ -25,16 +25,14 @@ from training.config_files import (
 
 
 @dataclass
-class DatasetConfig:
+class PairsConfig:
     """Parquet files of picture-caption pairs, and how they become batches."""
 
     train_parquet: Any = MISSING  # a file, a glob, or a list of them
     val_parquet: Any = MISSING
     test_parquet: Any = None  # never read in training; see training.evaluate
     batch_size: int = 64  # pairs per process and step
-    text_dropout_prob: float = 0.1  # 0..1, share of training captions replaced by the empty one
-    max_text_length: int = 512  # tokens; cut to the positions of the text backbone
-    image_size: int | None = None  # pixels, side of the square input; None takes the vision backbone's own
+    max_text_length: int = 512  # tokens
     on_bad_sample: str = "replace"  # undecodable picture, empty caption: replace by another sample | raise
     max_bad_fraction: float = 0.05  # 0..1, share of a file's rows; more bad ones stop the run
     max_image_pixels: int = 40_000_000  # width x height; larger pictures count as bad
@@ -45,6 +43,14 @@ class DatasetConfig:
     image_column: str | None = None  # None finds image_bytes, image or jpg
     caption_column: str | None = None  # None finds caption, text or txt
     sample_id_column: str | None = None  # None finds sample_id or key, else the row number
+
+
+@dataclass
+class DatasetConfig(PairsConfig):
+    """Pairs that are aligned; `max_text_length` is cut to the positions of the text backbone."""
+
+    text_dropout_prob: float = 0.1  # 0..1, share of training captions replaced by the empty one
+    image_size: int | None = None  # pixels, side of the square input; None takes the vision backbone's own
 
 
 @dataclass
@@ -87,20 +93,26 @@ class LossesConfig:
 
 
 @dataclass
-class OptimizationConfig:
-    """The start; then AdamW, warm-up, cosine to zero."""
+class AdamWConfig:
+    """AdamW, warm-up, cosine to zero."""
 
-    init: str = "random"  # of the projections: random | spectral, the closed form after one pass over the pairs
-    spectral_ridge: Any = "auto"  # two numbers, vision and text, by the mean variance; auto: by pairs held out
-    spectral_power: Any = "auto"  # of the correlations that weight directions; auto: by pairs held out
     lr: float = 2.0e-4  # peak learning rate
     weight_decay: float = 0.01  # of weight matrices alone
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     warmup_ratio: float = 0.1  # 0..1, share of the steps
-    tower_chunk_size: int | None = None  # pairs that pass the towers at once; less memory, twice their time; None: all
     on_nan: str = "stop"  # a loss or gradient that is NaN or infinite: stop the run | skip the step
     early_stopping_patience: int | None = None  # evaluations without a lower val loss before stopping; None: never
+
+
+@dataclass
+class OptimizationConfig(AdamWConfig):
+    """The start of an alignment, then its training."""
+
+    init: str = "random"  # of the projections: random | spectral, the closed form after one pass over the pairs
+    spectral_ridge: Any = "auto"  # two numbers, vision and text, by the mean variance; auto: by pairs held out
+    spectral_power: Any = "auto"  # of the correlations that weight directions; auto: by pairs held out
+    tower_chunk_size: int | None = None  # pairs that pass the towers at once; less memory, twice their time; None: all
 
 
 @dataclass
@@ -128,20 +140,25 @@ _POWER: Rule = "auto, or 0 or more", lambda value: value == "auto" or _is_number
 _LAYERS: Rule = "a list of -1, -2 or less", lambda value: len(value) > 0 and max(value) < 0
 POOLING = one_of("simple", "multihead", "statistics")  # POOLING_TYPES of modeling_edgeglass, which would import torch
 
-_RULES: dict[str, Rule] = OPTIMIZATION_RULES | {
+PAIRS_RULES: dict[str, Rule] = {
     "dataset.train_parquet": PATHS,
     "dataset.val_parquet": PATHS,
     "dataset.test_parquet": or_null(PATHS),
     "dataset.batch_size": at_least(1),
-    "dataset.text_dropout_prob": SHARE,
     "dataset.max_text_length": at_least(1),
-    "dataset.image_size": or_null(at_least(8)),
     "dataset.on_bad_sample": one_of("replace", "raise"),
     "dataset.max_bad_fraction": SHARE,
     "dataset.max_image_pixels": at_least(1),
     "dataset.cache": one_of("off", "disk", "pooled"),
     "dataset.cache_dtype": one_of("float16", "bfloat16", "int8"),  # DTYPES of training.feature_cache
     "dataset.cache_views": at_least(0),
+}
+
+_RULES: dict[str, Rule] = {
+    **PAIRS_RULES,
+    **OPTIMIZATION_RULES,
+    "dataset.text_dropout_prob": SHARE,
+    "dataset.image_size": or_null(at_least(8)),
     "vision_encoder.projection_dim": at_least(1),
     "vision_encoder.pooling_type": POOLING,
     "vision_encoder.feature_layers": _LAYERS,

@@ -1,0 +1,1 @@
+"""Training a language model to put embeddings into words, and measuring how well it does."""
