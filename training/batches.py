@@ -42,15 +42,10 @@ class ImageTextCollator:
             batch["pixel_values"] = torch.stack(column("image"))
         else:
             batch["image_features"] = torch.stack(column("image_features"))
+        batch |= self.captions(items)
         if "text" in items[0]:
-            batch |= tokenize(self.tokenizer, column("text"))
             batch["token_hashes"] = hash_captions(batch["input_ids"], batch["attention_mask"])
         else:
-            features = column("text_features")
-            batch["text_features"] = pad_sequence(features, batch_first=True)
-            if features[0].ndim == 2:
-                lengths = torch.tensor([len(tokens) for tokens in features])
-                batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
             batch["token_hashes"] = torch.tensor(column("token_hash"))
         batch["sample_ids"] = column("sample_id")
         batch["bad_samples"] = [bad for found in column("bad_samples") for bad in found]
@@ -59,6 +54,17 @@ class ImageTextCollator:
             batch["caption_ids"] = torch.tensor(column("caption_id"))
             batch["is_valid"] = torch.tensor(column("is_valid"))
         return batch
+
+    def captions(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What a text tower takes: `input_ids` or `text_features`, with the `attention_mask` of these."""
+        if "text" in items[0]:
+            return tokenize(self.tokenizer, [item["text"] for item in items])
+        features = [item["text_features"] for item in items]
+        found = {"text_features": pad_sequence(features, batch_first=True)}
+        if features[0].ndim == 2:
+            lengths = torch.tensor([len(tokens) for tokens in features])
+            found["attention_mask"] = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+        return found
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -207,7 +207,7 @@ def _passes(
     passes: list[_Pass] = []
     for split, dataset in datasets.items():
         origin = {"content": dataset.pairs.fingerprint, "max_image_pixels": dataset.max_image_pixels}
-        if "vision" in towers:
+        if "vision" in towers and "vision" in dataset.towers:
             views = config.cache_views if split == "train" else 0
             dataset.views = max(1, views)
             seen = {"column": dataset.pairs.image_column, "transform": repr(dataset.image_transforms)}
@@ -222,7 +222,7 @@ def _passes(
             )
             title = f"{split} pictures" + (f" in {views} views" if views else "")
             passes.append(_Pictures(title, dataset, cache))
-        if "text" in towers:
+        if "text" in towers and "text" in dataset.towers:
             read = {"column": dataset.pairs.caption_column, "max_text_length": dataset.max_text_length}
             read["tokenizer"] = _saved_hash(processor.tokenizer)
             cache = FeatureCache(parent, "text", towers["text"] | origin | read, len(dataset) + 1, dtype, is_pooled)

@@ -50,9 +50,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         on_bad_sample: What to do with a picture that cannot be decoded and an empty caption: `"replace"` it by
             another sample, or `"raise"`.
         max_image_pixels: Width times height that is still decoded.
-        image_column: Column of the picture; None finds it.
-        caption_column: Column of the caption; None finds it.
-        sample_id_column: Column of the id; None finds it.
+        **columns: As for `ParquetPairs`.
 
     Attributes:
         image_cache: Features of the pictures, `views` of each one behind the other: items then have them, as
@@ -60,6 +58,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         text_cache: Features of the captions and, behind them, of the empty one: items then have `text_features`
             (L, D), pooled (D,), and `token_hash`. None: there is none.
         views: Views of a picture in the cache; one is drawn by (seed, epoch, index).
+        towers: Which towers items are for, `"vision"`, `"text"` or both.
 
     Raises:
         DataError: A file or a column is missing or of a wrong kind, or there are no rows.
@@ -76,16 +75,9 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         for_evaluation: bool = False,
         on_bad_sample: str = "replace",
         max_image_pixels: int = 40_000_000,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        sample_id_column: str | None = None,
+        **columns: Any,
     ) -> None:
-        self.pairs = ParquetPairs(
-            parquet_path,
-            image_column=image_column,
-            caption_column=caption_column,
-            sample_id_column=sample_id_column,
-        )
+        self.pairs = ParquetPairs(parquet_path, **columns)
         self.image_transforms = image_transforms
         self.max_text_length = max_text_length
         self.text_dropout_prob = text_dropout_prob
@@ -96,6 +88,7 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         self.image_cache: FeatureCache | None = None
         self.text_cache: FeatureCache | None = None
         self.views = 1
+        self.towers: tuple[str, ...] = ("vision", "text")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -172,7 +165,8 @@ class PixmoParquetImageTextDataset(Dataset[dict[str, Any]]):
         return keyed_rng(self.seed, view, index, "image")
 
     def _make_item(self, epoch: int, index: int) -> dict[str, Any] | BadSample:
-        row = self.pairs[index] if self.image_cache is None else self.pairs.without_image(index)
+        decodes = self.image_cache is None and "vision" in self.towers
+        row = self.pairs[index] if decodes else self.pairs.without_image(index)
         try:
             texts, images = self._text(epoch, index, row), self._image(epoch, index, row)
         except BadRowError as error:

@@ -55,6 +55,7 @@ class ParquetPairs:
         sample_id_column: Column of the id; where there is none, the row number is the id.
         with_questions: The caption may be the answer to a question: columns of both are found.
         question_column: Column of the question; None finds it, where there is one.
+        needs_images: False takes files without a picture column too.
 
     Raises:
         DataError: A file cannot be read, a column is missing or of a wrong kind, or there are no rows.
@@ -69,6 +70,7 @@ class ParquetPairs:
         sample_id_column: str | None = None,
         with_questions: bool = False,
         question_column: str | None = None,
+        needs_images: bool = True,
     ) -> None:
         metadata = {file: _read_metadata(file) for file in find_parquet_files(parquet_path)}
         self.files = [file for file in metadata if metadata[file].num_rows > 0]
@@ -80,7 +82,9 @@ class ParquetPairs:
         first = self.files[0]
         names = schemas[first].names
         captions = ANSWER_COLUMNS if with_questions else CAPTION_COLUMNS
-        self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, names, first)
+        self.image_column: str | None = None
+        if needs_images or image_column is not None or set(IMAGE_COLUMNS) & set(names):
+            self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, names, first)
         self.caption_column = _find_column("caption", caption_column, captions, names, first)
         if self.image_column == self.caption_column:
             raise DataError(f"{first}: column {self.image_column!r} is to be both picture and caption")
@@ -89,8 +93,8 @@ class ParquetPairs:
             self._sample_id = _find_column("sample_id", sample_id_column, SAMPLE_ID_COLUMNS, names, first)
         if with_questions and (question_column is not None or set(QUESTION_COLUMNS) & set(names)):
             self._question = _find_column("question", question_column, QUESTION_COLUMNS, names, first)
-        optional = (self._sample_id, self._question)
-        self._columns = [self.image_column, self.caption_column, *(name for name in optional if name is not None)]
+        found = (self.image_column, self.caption_column, self._sample_id, self._question)
+        self._columns = [name for name in found if name is not None]
         for file, schema in schemas.items():
             self._check_columns(file, schema)
             self._check_kinds(file, schema, first, schemas[first])
@@ -107,7 +111,7 @@ class ParquetPairs:
             stored = self.table[index]
         except UnicodeDecodeError:
             return Row(None, None, str(index), "the caption or id is no UTF-8")
-        image_bytes = stored[self.image_column]
+        image_bytes = None if self.image_column is None else stored[self.image_column]
         if isinstance(image_bytes, dict):
             image_bytes = image_bytes["bytes"]
         if isinstance(image_bytes, list):
@@ -146,7 +150,7 @@ class ParquetPairs:
                 raise DataError(f"{file}: no column {column!r}; it has {', '.join(schema.names)}")
             if schema.names.count(column) > 1:
                 raise DataError(f"{file}: several columns are called {column!r}")
-        if not _holds_bytes(schema.field(self.image_column).type):
+        if self.image_column is not None and not _holds_bytes(schema.field(self.image_column).type):
             kind = schema.field(self.image_column).type
             raise DataError(f"{file}: column {self.image_column!r} holds {kind}, not the bytes of pictures")
         for column in filter(None, (self.caption_column, self._question)):
