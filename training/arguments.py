@@ -31,7 +31,10 @@ _RULES = {
     "trainer.max_steps": at_least(-1),
 }
 
-# Metrics of an evaluation, each also at every Matryoshka size but for the first row.
+# Of metrics, in whose names they are.
+_LESS_IS_BETTER = ("loss", "medr", "bad_rows", "perplexity")
+
+# Metrics of an alignment's evaluation, each also at every Matryoshka size but for the first row.
 _LOSSES = ("loss", "loss_clip", "loss_mrl", "bad_rows")
 _BY_SIZE = tuple(
     f"{way}_{name}" for way in ("i2t", "t2i") for name in (*(f"r{k}" for k in RECALL_KS), "medr", "map", "ndcg")
@@ -39,10 +42,43 @@ _BY_SIZE = tuple(
 
 
 def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
+    """Arguments of an alignment run; see `build_arguments`.
+
+    Raises:
+        ConfigError: A trainer key is unknown or of a wrong type, or the launcher started more processes than train
+            together.
+    """
+    both_frozen = config.vision_encoder.freeze and config.text_encoder.freeze
+    sizes = ["", *(f"@{dimension}" for dimension in config.vision_encoder.mrl_dimensions)]
+    arguments = build_arguments(
+        config,
+        {
+            "eval_on_start": config.optimization.init == "spectral",
+            "ddp_find_unused_parameters": False if both_frozen else None,  # a trained backbone may have a spare pooler
+        },
+        metrics=[*_LOSSES, *(metric + size for size in sizes for metric in _BY_SIZE)],
+    )
+    if arguments.train_batch_size * arguments.world_size < 2:
+        raise key_error(config, "dataset.batch_size", "one pair has no negative to tell apart; set 2 or more")
+    accumulates = arguments.gradient_accumulation_steps > 1 and config.optimization.tower_chunk_size is None
+    if accumulates and arguments.process_index == 0:
+        logger.warning(
+            "trainer.gradient_accumulation_steps: every small batch has its own negatives alone; for those of a large "
+            "batch in the same memory raise dataset.batch_size and set optimization.tower_chunk_size"
+        )
+    return arguments
+
+
+def build_arguments(config: Any, defaults: dict[str, Any], metrics: Sequence[str]) -> TrainingArguments:
     """Arguments of a run: what the sections say, our defaults, and the `trainer` section over both.
 
     On a machine without accelerator `use_cpu` is set: without it, processes that torchrun started would each
     train the whole run alone.
+
+    Args:
+        config: Has `dataset.batch_size` and the sections `optimization` and `trainer`.
+        defaults: Of this kind of run.
+        metrics: What an evaluation measures, to choose the best model by; the first one is the loss.
 
     Raises:
         ConfigError: A trainer key is unknown or of a wrong type, or the launcher started more processes than train
@@ -53,10 +89,9 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     _check_options(config, options)
     _check_reporting(config, options.get("report_to"))
     best_metric = options.pop("metric_for_best_model", None) or "loss"
-    _check_metric(config, best_metric)
+    _check_metric(config, best_metric, metrics)
     eval_strategy = options.get("eval_strategy", "epoch")
     save_strategy = options.get("save_strategy", eval_strategy if eval_strategy != "no" else "epoch")
-    both_frozen = config.vision_encoder.freeze and config.text_encoder.freeze
     beta1, beta2 = config.optimization.betas
     defaults = {
         "eval_strategy": eval_strategy,
@@ -65,10 +100,9 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         **({"save_steps": options["eval_steps"]} if "eval_steps" in options else {}),
         "save_total_limit": 2,
         "load_best_model_at_end": "no" not in (eval_strategy, save_strategy),
-        "eval_on_start": config.optimization.init == "spectral" and eval_strategy != "no",
         "metric_for_best_model": best_metric,
         # Trainer takes what does not end in "loss" for a score.
-        "greater_is_better": not any(part in best_metric for part in ("loss", "medr", "bad_rows")),
+        "greater_is_better": not any(part in best_metric for part in _LESS_IS_BETTER),
         "logging_steps": 10,
         "project": "edgeglass",
         "run_name": os.path.basename(os.path.abspath(str(options.get("output_dir", "")))),
@@ -76,9 +110,10 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
         "lr_scheduler_type": "cosine",
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
         "per_device_eval_batch_size": config.dataset.batch_size,
-        "ddp_find_unused_parameters": False if both_frozen else None,  # a trained backbone may have a spare pooler
+        **defaults,
         **_device_options(),
     }
+    defaults["eval_on_start"] = defaults.get("eval_on_start", False) and eval_strategy != "no"
     owned = {
         "num_train_epochs": epochs,
         "per_device_train_batch_size": config.dataset.batch_size,
@@ -92,16 +127,7 @@ def build_training_arguments(config: AlignmentConfig) -> TrainingArguments:
     }
     if not options.get("dataloader_num_workers"):
         owned["dataloader_persistent_workers"] = False  # there are none to keep
-    arguments = _checked(defaults | options | owned)
-    if arguments.train_batch_size * arguments.world_size < 2:
-        raise key_error(config, "dataset.batch_size", "one pair has no negative to tell apart; set 2 or more")
-    accumulates = arguments.gradient_accumulation_steps > 1 and config.optimization.tower_chunk_size is None
-    if accumulates and arguments.process_index == 0:
-        logger.warning(
-            "trainer.gradient_accumulation_steps: every small batch has its own negatives alone; for those of a large "
-            "batch in the same memory raise dataset.batch_size and set optimization.tower_chunk_size"
-        )
-    return arguments
+    return _checked(defaults | options | owned)
 
 
 def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArguments:
@@ -121,19 +147,19 @@ def build_evaluation_arguments(output_dir: str, batch_size: int) -> TrainingArgu
     )
 
 
-def _check_reporting(config: AlignmentConfig, names: str | list[str] | None) -> None:
+def _check_reporting(config: Any, names: str | list[str] | None) -> None:
     """Trackers are named after their packages; Trainer would end in a traceback."""
     for name in [names] if isinstance(names, str) else names or []:
         if name not in ("none", "all") and importlib.util.find_spec(name) is None:
             raise key_error(config, "trainer.report_to", f"{name} is not installed: pip install {name}")
 
 
-def _check_metric(config: AlignmentConfig, name: str) -> None:
+def _check_metric(config: Any, name: str, known: Sequence[str]) -> None:
     """Trainer would look for the metric after the first evaluation."""
-    sizes = ["", *(f"@{dimension}" for dimension in config.vision_encoder.mrl_dimensions)]
-    known = [*_LOSSES, *(metric + size for size in sizes for metric in _BY_SIZE)]
     if name.removeprefix("eval_") not in known:
-        hint = _nearest(name, known) or f"there are {', '.join([*_LOSSES, *_BY_SIZE])}, and {', '.join(sizes[1:])}"
+        base = [metric for metric in known if "@" not in metric]
+        sizes = dict.fromkeys(f"@{metric.split('@')[1]}" for metric in known if "@" in metric)
+        hint = _nearest(name, known) or f"there are {', '.join(base)}, and {', '.join(sizes)}"
         raise key_error(config, "trainer.metric_for_best_model", f"there is no metric {name!r}; {hint}")
 
 
@@ -162,7 +188,7 @@ def _checked(options: dict[str, Any]) -> TrainingArguments:
     return arguments
 
 
-def _check_options(config: AlignmentConfig, options: dict[str, Any]) -> None:
+def _check_options(config: Any, options: dict[str, Any]) -> None:
     """Refuse unknown keys and wrong values; spell a bare YAML `no` as a strategy."""
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in fields(TrainingArguments) if field.init]
@@ -179,7 +205,7 @@ def _check_options(config: AlignmentConfig, options: dict[str, Any]) -> None:
             check_value(config, key, value, _RULES[key])
 
 
-def _check_type(config: AlignmentConfig, key: str, value: Any, hint: Any) -> None:
+def _check_type(config: Any, key: str, value: Any, hint: Any) -> None:
     """Refuse a value that the annotation excludes; transformers itself checks none."""
     if _fits(value, hint):
         return

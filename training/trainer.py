@@ -1,42 +1,30 @@
 """AlignmentTrainer: transformers' Trainer for pairs, evaluated by retrieval."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
-from training.bad_samples import BadSampleLog
 from training.batches import ImageTextCollator
-from training.callbacks import AlignmentProgressCallback, HistoryCallback, LogLineCallback, VisualizationCallback
-from training.data import PixmoParquetImageTextDataset
+from training.callbacks import VisualizationCallback
 from training.errors import DataError, SickTrainingError
-from training.history import Row, history_rows
-from training.recovery import RecoverableTrainer
+from training.pairs_trainer import PairsTrainer
 from training.retrieval import EncodedPairs, retrieval_metrics
-from training.signals import SignalListener
 from training.tracking import name_as_we_do
 
 logger = logging.getLogger(__name__)
 
-BAD_SAMPLES = "bad_samples.csv"
 COLLAPSED_COSINE = 0.999
 MODEL_INPUTS = ("pixel_values", "image_features", "input_ids", "text_features", "attention_mask")
 
 
-class AlignmentTrainer(RecoverableTrainer):
+class AlignmentTrainer(PairsTrainer):
     """Trains an `EdgeGlassModel` on pairs and evaluates it by retrieval.
 
     Batches, logs, checkpoints and devices are Trainer's. Ours are the order of the samples, the draw of the
@@ -47,14 +35,9 @@ class AlignmentTrainer(RecoverableTrainer):
         model: The model.
         args: As `build_training_arguments` makes them.
         processing_class: Its tokenizer makes the batches; it is saved with every checkpoint.
-        train_dataset: Items with `image` and `text`, asked for as (epoch, index); None only evaluates.
-        eval_dataset: The same with match ids.
-        early_stopping_patience: Evaluations without a better val loss before stopping; None never stops early.
-        callbacks: Further callbacks.
-        identity: As in `RecoverableTrainer`; so are `on_nan` and `signals`.
-        max_bad_fraction: 0..1, share of a file's rows; more bad ones stop the run.
         tower_chunk_size: Pairs that pass the towers at once; None takes the whole batch.
         visualize: Draw figures and the report into the output directory after every evaluation.
+        **options: As for `PairsTrainer`: the data sets, early stopping, callbacks, what a run goes on from.
 
     Attributes:
         encoded: The pairs of the last evaluation, on the CPU of rank 0; None before, and on other ranks.
@@ -66,82 +49,36 @@ class AlignmentTrainer(RecoverableTrainer):
         args: TrainingArguments,
         *,
         processing_class: EdgeGlassProcessor,
-        train_dataset: Dataset[Any] | None = None,
-        eval_dataset: Dataset[Any] | None = None,
-        early_stopping_patience: int | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        identity: Mapping[str, Any] | None = None,
-        on_nan: str = "stop",
-        max_bad_fraction: float = 0.05,
         tower_chunk_size: int | None = None,
         visualize: bool = True,
-        signals: SignalListener | None = None,
+        **options: Any,
     ) -> None:
-        if early_stopping_patience is not None:
-            callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience)]
         super().__init__(
             model,
             args,
-            data_collator=ImageTextCollator(processing_class.tokenizer),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=list(callbacks),
-            identity=identity,
-            on_nan=on_nan,
-            signals=signals,
+            data_collator=ImageTextCollator(processing_class.tokenizer),
+            **options,
         )
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(AlignmentProgressCallback)
-        if self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(LogLineCallback)
-        if train_dataset is not None:
-            self.add_callback(HistoryCallback)
         if visualize:
             self.add_callback(VisualizationCallback(self))
         name_as_we_do(self)  # behind the figures, which they send
         self.tower_chunk_size = tower_chunk_size
         self.encoded: EncodedPairs | None = None
-        rows_per_file: dict[str, int] = {}
-        for dataset in (train_dataset, eval_dataset):
-            if isinstance(dataset, PixmoParquetImageTextDataset):
-                rows_per_file |= dataset.pairs.rows_per_file
-        self._bad_samples = BadSampleLog(Path(str(args.output_dir)) / BAD_SAMPLES, rows_per_file, max_bad_fraction)
         self._loss_parts = torch.zeros(3, dtype=torch.float64)  # sums of loss_clip and loss_mrl, number of batches
 
     @property
     def _model(self) -> EdgeGlassModel:
         return cast(EdgeGlassModel, self.model)
 
-    @property
-    def history(self) -> list[Row]:
-        """What was logged: a row per step, under the logged names."""
-        return history_rows(self.state.log_history)
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """The model's weights but for frozen backbones, which the run's identity names instead."""
-        return self._model.trained_state_dict()
-
-    def load_trained_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take them up."""
-        self._model.load_trained_state_dict(state)
-
-    def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Write its bad rows down."""
-        self._bad_samples.record(batch["bad_samples"])
-
     def progress(self) -> dict[str, Any]:
-        """As in `RecoverableTrainer`, with the sums of the parts of the loss."""
+        """As in `PairsTrainer`, with the sums of the parts of the loss."""
         return super().progress() | {"loss_parts": self._loss_parts.tolist()}
 
     def load_progress(self, progress: Mapping[str, Any]) -> None:
         """Take it up."""
         super().load_progress(progress)
         self._loss_parts = torch.tensor(progress["loss_parts"], dtype=torch.float64)
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Weight matrices decay; norms, biases and `logit_scale`, which have less than two axes, do not."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -160,12 +97,7 @@ class AlignmentTrainer(RecoverableTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with `loss_clip` and `loss_mrl` beside `loss`: means since the last log.
-
-        An evaluation outside of training, as of the best model at the end, is no point of the history.
-        """
-        if not self.is_in_train:
-            return
+        """As in `PairsTrainer`, with `loss_clip` and `loss_mrl` beside `loss`: means since the last log."""
         if "loss" in logs:
             clip, mrl, count = self.accelerator.reduce(self._loss_parts, reduction="sum").tolist()
             if count:
