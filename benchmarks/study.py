@@ -77,7 +77,7 @@ DATA_SETS = {
     "emoji": DataSet("emoji", 224, (100, 300, 700, None)),
     "clipart": DataSet("clipart", 224),
     "icons": DataSet("icons", 128, (1000, 3000, None), **ICONS),
-    "icon names": DataSet("icons", 128, held_out=861, **(ICONS | {"epochs_after": 5})),
+    "icon names": DataSet("icons", 128, held_out=861, **(ICONS | {"epochs_after": 5, "lr_after": 1e-3})),
 }
 POOLINGS = ("simple", "multihead", "statistics")
 STARTS = ("random", "spectral", "sentence-transformers")
