@@ -1,5 +1,8 @@
 """Configurations: two backbones and the space that they share; a language model that reads from it."""
 
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -7,6 +10,14 @@ from transformers.configuration_utils import SubConfigSpec
 
 POOLING_TYPES = ("simple", "multihead", "statistics")
 LANGUAGE_TRAININGS = ("frozen", "lora", "full")
+
+
+def refuse_unknown_fields(kind: type[PreTrainedConfig], names: Iterable[str]) -> None:
+    """Raise a ValueError unless a config has all these fields; transformers would keep any other as a stray value."""
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(names) - known):
+        nearest = get_close_matches(unknown[0], known, n=2)
+        raise ValueError(f"there is no config field {unknown[0]!r}; did you mean {' or '.join(nearest) or 'another'}?")
 
 
 class EdgeGlassConfig(PreTrainedConfig):
@@ -148,3 +159,9 @@ class EdgeGlassDecodingConfig(PreTrainedConfig):
     def sizes(self) -> list[int]:
         """Sizes of an embedding that the bridge is trained to read, the full one first."""
         return [self.alignment_config.projection_dim, *self.alignment_config.mrl_dimensions]
+
+    @property
+    def max_text_tokens(self) -> int | None:
+        """Tokens of prompt and answer that the language model has positions for behind the prefix; None: no limit."""
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        return None if positions is None else positions - self.num_prefix_tokens

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_edgeglass import EdgeGlassDecodingConfig
-from .language_models import add_adapters, build_language_model, load_language_model
+from .configuration_edgeglass import EdgeGlassDecodingConfig, refuse_unknown_fields
+from .language_models import IGNORED_LABEL, add_adapters, build_language_model, load_language_model
 from .matryoshka import truncate_embeds
 from .modeling_edgeglass import EdgeGlassModel, EdgeGlassPreTrainedModel
 
 BRIDGE_FILE = "bridge.safetensors"
 
-_IGNORED = -100  # label of what is not to be predicted
 _CHUNK = 4096  # tokens of a vocabulary that are looked at together
 
 
@@ -80,13 +80,14 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         self.alignment = alignment or EdgeGlassModel(config.alignment_config)
         self.language_model = language_model or build_language_model(config)
         config.alignment_config, config.text_config = self.alignment.config, self.language_model.config
-        if config.language_training == "lora":
-            add_adapters(self.language_model, config)
+        self.generation_config = self.language_model.generation_config  # its end tokens, kept with the whole
         embeddings: Any = self.language_model.get_input_embeddings()
         width = embeddings.weight.shape[1]
         self.bridge = Bridge(self.alignment.config.projection_dim, width, config.num_prefix_tokens)
         self.num_calls = 0
         self.post_init()
+        if config.language_training == "lora":
+            add_adapters(self.language_model, config)  # behind post_init, which would start them as any layer
         self.train(self.training)
 
     @classmethod
@@ -110,13 +111,15 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             alignment_revision: Commit, tag or branch on the Hub.
             language_revision: As for the alignment.
             language_trust_remote_code: Run model code that comes with the language model.
-            load_in_4bit: Keep the language model's weights in 4 bits; wants a GPU and bitsandbytes.
+            load_in_4bit: Keep the language model's weights in 4 bits, on the GPU; wants bitsandbytes. The rest is
+                left on the CPU; Trainer moves it.
             dtype: Precision of the language model; `"auto"` takes the checkpoint's own. The bridge is float32.
             **config: Fields of `EdgeGlassDecodingConfig`.
 
         Raises:
             ValueError: One of the two cannot be loaded, or a field has no possible value.
         """
+        refuse_unknown_fields(EdgeGlassDecodingConfig, config)
         try:
             aligned = EdgeGlassModel.from_pretrained(alignment, revision=alignment_revision or "main")
         except (OSError, ValueError) as error:
@@ -134,9 +137,9 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             alignment_config=aligned.config.to_dict(),
             text_config=language.config.to_dict(),
             alignment_name_or_path=alignment,
-            alignment_revision=alignment_revision,
+            alignment_revision=getattr(aligned.config, "_commit_hash", None) or alignment_revision,
             language_name_or_path=language_model,
-            language_revision=language_revision,
+            language_revision=getattr(language.config, "_commit_hash", None) or language_revision,
             **config,
         )
         model = cls(decoding_config, aligned, language)
@@ -153,7 +156,12 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
 
     @classmethod
     def from_bridge_pretrained(
-        cls, folder: str | os.PathLike[str], *, alignment: str | None = None, language_model: str | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        alignment: str | None = None,
+        language_model: str | None = None,
+        **loading: Any,
     ) -> "EdgeGlassForConditionalGeneration":
         """Load what `save_bridge_only` wrote, and the alignment and the language model by the names in it.
 
@@ -161,9 +169,10 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             folder: Its directory.
             alignment: Directory or id in the place of the one in the config.
             language_model: Likewise.
+            **loading: `dtype`, `load_in_4bit` and `language_trust_remote_code`, as for `from_alignment_pretrained`.
 
         Raises:
-            ValueError: The folder holds no bridge, or the bridge is of a language model of another width.
+            ValueError: The folder holds no bridge, or the bridge is of another alignment or language model.
         """
         path = Path(folder)
         if not (path / BRIDGE_FILE).is_file():
@@ -177,16 +186,19 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             language_revision=None if language_model else config.language_revision,
             decoding_seed=config.decoding_seed,
             **{name: getattr(config, name) for name in kept},
+            **loading,
         )
         state = load_file(path / BRIDGE_FILE)
-        own = model.trained_state_dict()
-        for name, value in state.items():
-            if name in own and own[name].shape != value.shape:
-                raise ValueError(
-                    f"the bridge in {path} has {name} of shape {tuple(value.shape)}, and one from "
-                    f"{model.config.alignment_name_or_path} to {model.config.language_name_or_path} has "
-                    f"{tuple(own[name].shape)}: it was trained for another alignment or language model"
-                )
+        shapes, own = (
+            {name: tuple(value.shape) for name, value in of.items()} for of in (state, model.trained_state_dict())
+        )
+        if wrong := sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name)):
+            raise ValueError(
+                f"the bridge in {path} has {wrong[0]} of shape {shapes.get(wrong[0])}, and one from "
+                f"{model.config.alignment_name_or_path} to {model.config.language_name_or_path} has "
+                f"{own.get(wrong[0])}: it was trained for another alignment or language model; give the ones it was "
+                "trained for"
+            )
         model.load_trained_state_dict(state)
         return model
 
@@ -205,11 +217,21 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         save_file(state, Path(folder) / BRIDGE_FILE, metadata={"format": "pt"})
 
     def train(self, mode: bool = True) -> "EdgeGlassForConditionalGeneration":
-        """As for any module; the alignment, and the language model unless it trains, stay frozen and in eval mode."""
+        """As for any module; the alignment, and the language model unless it trains, stay in eval mode.
+
+        What does not train gets no gradients; here, because `from_pretrained` makes new parameters with gradients and
+        ends in `eval()`.
+        """
         super().train(mode)
-        self.alignment.eval().requires_grad_(False)
+        self.alignment.eval()
         if self.config.language_training == "frozen":
-            self.language_model.eval().requires_grad_(False)
+            self.language_model.eval()
+            for module in self.language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = mode  # in eval mode it keeps its activations; its children stay there
+        for name, parameter in self.named_parameters():
+            if not self._trains(name):
+                parameter.requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -265,7 +287,7 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             text_embeds: Embeddings of captions (B, D).
             truncate_dim: Numbers of each embedding that are read, 1..D; None draws one of `config.sizes` in train
                 mode, and takes all in eval mode.
-            **kwargs: Handed to the language model, such as `num_items_in_batch`.
+            **kwargs: Handed to the language model, such as `num_items_in_batch` or `output_hidden_states`.
 
         Returns:
             What the language model returns. Its tokens are the prefix, then the real ones, then the padding; `logits`
@@ -279,7 +301,7 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             step, self.num_calls = self.num_calls if step is None else step, self.num_calls + 1
             truncate_dim = truncate_dim or self._draw(step)
         inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, labels, pad="right")
-        return self.language_model(**inputs, use_cache=False, **kwargs)
+        return self.language_model(**inputs, **({"use_cache": False} | kwargs))
 
     def _draw(self, step: int) -> int:
         return random.Random(f"{self.config.decoding_seed}/{step}/decoding_size").choice(self.config.sizes)
@@ -320,6 +342,9 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             input_ids = input_ids.expand(len(embeds), -1)
             attention_mask = None if attention_mask is None else attention_mask.expand(len(embeds), -1)
         inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, None, pad="left")
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        self._check_length(prompt_length + (kwargs.get("max_new_tokens") or 0))
+        kwargs.setdefault("generation_config", self.generation_config)
         return self.language_model.generate(**inputs, **kwargs)  # type: ignore[operator]
 
     def _embeds(self, pixel_values: Tensor | None, image_embeds: Tensor | None, text_embeds: Tensor | None) -> Tensor:
@@ -327,7 +352,15 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         given = [value for value in (pixel_values, image_embeds, text_embeds) if value is not None]
         if len(given) != 1:
             raise ValueError(f"give one of pixel_values, image_embeds and text_embeds, got {len(given)}")
-        return given[0] if pixel_values is None else self.alignment.get_image_features(pixel_values)
+        if pixel_values is not None:
+            return self.alignment.get_image_features(pixel_values)
+        size = self.config.alignment_config.projection_dim
+        if given[0].shape[1] != size:
+            raise ValueError(
+                f"embeddings have {given[0].shape[1]} numbers, and the bridge reads {size}: give whole ones, and "
+                "truncate_dim to read fewer"
+            )
+        return given[0]
 
     def _inputs(
         self,
@@ -348,21 +381,22 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         tokens = self.language_model.get_input_embeddings()(input_ids)
         tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
         attention_mask = F.pad(attention_mask, (prefix.shape[1], 0), value=1)
-        self._check_length(tokens.shape[1])
+        self._check_length(input_ids.shape[1])
         order = attention_mask.argsort(dim=1, stable=True, descending=pad == "right")
         inputs = {
             "inputs_embeds": tokens.gather(1, order.unsqueeze(2).expand_as(tokens)),
             "attention_mask": attention_mask.gather(1, order),
         }
         if labels is not None:
-            labels = F.pad(labels, (prefix.shape[1], 0), value=_IGNORED).masked_fill(attention_mask == 0, _IGNORED)
+            labels = F.pad(labels, (prefix.shape[1], 0), value=IGNORED_LABEL)
+            labels = labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
             inputs["labels"] = labels.gather(1, order)
         return inputs
 
     def _check_length(self, length: int) -> None:
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
+        limit = self.config.max_text_tokens
+        if limit is not None and length > limit:
             raise ValueError(
-                f"prefix, prompt and answer are {length} tokens, and the language model takes {positions}: "
-                "cut the text, or set fewer num_prefix_tokens"
+                f"prompt and answer are {length} tokens, and the language model has positions for {limit} behind the "
+                "prefix: cut the text, or set fewer num_prefix_tokens"
             )

@@ -1,5 +1,6 @@
 """Finding and loading the language model that puts embeddings into words: any causal one of transformers."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_edgeglass import EdgeGlassDecodingConfig
+
+IGNORED_LABEL = -100  # of a token that is not to be predicted; torch's own number
 
 
 def load_language_model(
@@ -23,7 +26,8 @@ def load_language_model(
         name_or_path: Model id on the Hub, or a directory that `save_pretrained` wrote.
         revision: Commit, tag or branch on the Hub.
         trust_remote_code: Run model code that comes with the checkpoint.
-        load_in_4bit: Keep its weights in 4 bits (NF4 of QLoRA, arXiv:2305.14314), by bitsandbytes on a GPU.
+        load_in_4bit: Keep its weights in 4 bits (NF4 of QLoRA, arXiv:2305.14314), by bitsandbytes on this process's
+            GPU (LOCAL_RANK).
         dtype: Its precision; `"auto"` takes the checkpoint's own.
 
     Raises:
@@ -32,6 +36,7 @@ def load_language_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     if load_in_4bit:
         options["quantization_config"] = _four_bits()
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
@@ -49,11 +54,14 @@ def build_language_model(config: EdgeGlassDecodingConfig) -> PreTrainedModel:
 def add_adapters(model: nn.Module, config: EdgeGlassDecodingConfig) -> None:
     """Put low-rank adapters (LoRA, arXiv:2106.09685) into the linear layers of a language model; they alone train.
 
+    They start as no change, in float32: in a half-precision model small updates would round away.
+
     Raises:
         ValueError: peft is not installed, or no layer has one of the names.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import cast_adapter_dtype
     except ImportError as error:
         raise ValueError("language_training 'lora' needs peft: pip install peft") from error
     lora = LoraConfig(
@@ -63,6 +71,7 @@ def add_adapters(model: nn.Module, config: EdgeGlassDecodingConfig) -> None:
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(lora, model)
+    cast_adapter_dtype(model, "default")
 
 
 def _four_bits() -> Any:

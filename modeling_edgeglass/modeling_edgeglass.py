@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers.utils import ModelOutput
 from .backbones import build_backbone, load_backbone
 from .captions import hash_captions
 from .chunking import run_in_chunks
-from .configuration_edgeglass import EdgeGlassConfig
+from .configuration_edgeglass import EdgeGlassConfig, refuse_unknown_fields
 from .encoders import TextEncoder, VisionEncoder
 from .losses import AlignmentLoss
 from .matryoshka import truncate_embeds
@@ -180,12 +179,7 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         Raises:
             ValueError: A backbone does not exist or cannot be used, or a field has no possible value.
         """
-        known = {field.name for field in fields(EdgeGlassConfig)}
-        if unknown := sorted(set(config) - known):
-            nearest = get_close_matches(unknown[0], known, n=2)
-            raise ValueError(
-                f"there is no config field {unknown[0]!r}; did you mean {' or '.join(nearest) or 'another'}?"
-            )
+        refuse_unknown_fields(EdgeGlassConfig, config)
         vision_backbone = load_backbone(
             "vision", vision, revision=vision_revision, trust_remote_code=vision_trust_remote_code, dtype=dtype
         )

@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 
+from .language_models import IGNORED_LABEL
 from .processing_edgeglass import EdgeGlassProcessor
-
-_IGNORED = -100  # label of what is not to be predicted
 
 
 class EdgeGlassDecodingProcessor(ProcessorMixin):
@@ -68,13 +67,17 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         try:
             aligned: Any = EdgeGlassProcessor.from_pretrained(alignment, revision=alignment_revision or "main")
         except (OSError, ValueError) as error:
-            raise ValueError(f"alignment {alignment!r} has no processor") from error
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"alignment {alignment!r} has no processor that can be loaded: {reason}") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 language_model, revision=language_revision, trust_remote_code=language_trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"language model {language_model!r} has no tokenizer") from error
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"language model {language_model!r} has no tokenizer that can be loaded: {reason}"
+            ) from error
         return cls(aligned.image_processor, tokenizer, aligned.tokenizer)
 
     @property
@@ -130,12 +133,12 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
             asked = self.prompt_ids(prompt)
             said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *ended][:max_length]
             ids.append(asked + said)
-            labels.append([_IGNORED] * len(asked) + said)
+            labels.append([IGNORED_LABEL] * len(asked) + said)
         input_ids, attention_mask = self._pad(ids, tokenizer.pad_token_id, "right")
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "labels": self._pad(labels, _IGNORED, "right")[0],
+            "labels": self._pad(labels, IGNORED_LABEL, "right")[0],
         }
 
     def decode_answers(self, token_ids: Tensor) -> list[str]:

@@ -153,6 +153,9 @@ def test_what_trains_gets_a_gradient_and_is_what_is_kept(config, embeds: Tensor,
     assert not decoder.alignment.training
     assert decoder.language_model.training == (training != "frozen")
     decoder(image_embeds=embeds, **prompts, labels=prompts["input_ids"]).loss.backward()
+    assert {name for name, parameter in decoder.named_parameters() if parameter.requires_grad} | {
+        "bridge.token_scale"
+    } == set(decoder.trained_state_dict())
     moved = {name for name, parameter in decoder.named_parameters() if parameter.grad is not None}
     assert moved | {"bridge.token_scale"} == set(decoder.trained_state_dict())
     assert all(name.startswith(("bridge.", "language_model.")) for name in moved)
@@ -170,6 +173,48 @@ def test_a_whole_model_comes_back_as_it_was(config, embeds, prompts, tmp_path: P
     for size in (64, 8):
         options = {"image_embeds": embeds, **prompts, "truncate_dim": size}
         assert torch.equal(loaded(**options).logits, decoder(**options).logits)
+    trains = [{name for name, value in m.named_parameters() if value.requires_grad} for m in (loaded.train(), decoder)]
+    assert trains[0] == trains[1]
+
+
+def test_adapters_start_as_no_change_and_in_float32(parts, embeds: Tensor, prompts):
+    join, options = EdgeGlassForConditionalGeneration.from_alignment_pretrained, {"image_embeds": embeds, **prompts}
+    plain, adapted = (join(*parts, language_training=training).eval() for training in ("frozen", "lora"))
+    adapted.bridge.load_state_dict(plain.bridge.state_dict())
+    assert torch.equal(adapted(**options).logits, plain(**options).logits)
+    half = join(*parts, language_training="lora", dtype=torch.bfloat16)
+    kinds = {"lora_" in name: value.dtype for name, value in half.language_model.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_a_whole_model_keeps_the_ends_that_its_language_model_knows(parts, embeds: Tensor, prompts, tmp_path: Path):
+    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts).eval()
+    options = {"image_embeds": embeds, **prompts, "max_new_tokens": 30, "do_sample": False}
+    said = decoder.generate(**options, min_new_tokens=30)
+    ends = [3, int(said[0, 4])]
+    decoder.language_model.generation_config.eos_token_id = ends
+    stopped = decoder.generate(**options)
+    assert stopped[0, 5:].eq(0).all()
+    decoder.save_pretrained(tmp_path / "whole")
+    loaded = EdgeGlassForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert torch.equal(loaded.generate(**options), stopped)
+
+
+def test_a_frozen_language_model_can_forget_its_activations(decoder, embeds: Tensor, prompts):
+    calls = []
+    layer = decoder.language_model.model.layers[0].self_attn
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    gradients = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.train().zero_grad()
+        calls.clear()
+        decoder(image_embeds=embeds, **prompts, labels=prompts["input_ids"], truncate_dim=64).loss.backward()
+        gradients.append(decoder.bridge.down.weight.grad.clone())
+        assert len(calls) == (2 if checkpoints else 1)
+    torch.testing.assert_close(*gradients)
+    assert not layer.training
 
 
 def randomise(decoder: EdgeGlassForConditionalGeneration) -> None:
@@ -229,6 +274,15 @@ def test_a_bridge_of_another_language_model_is_refused(parts, tmp_path: Path, co
         make_decoder(config).save_bridge_only(tmp_path / "nameless")
 
 
+def test_a_misspelt_field_and_half_an_embedding_are_refused(parts, decoder, embeds: Tensor):
+    with pytest.raises(ValueError, match="no config field 'num_prefix_token'; did you mean num_prefix_tokens"):
+        EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts, num_prefix_token=3)
+    with pytest.raises(
+        ValueError, match="have 16 numbers, and the bridge reads 64: give whole ones, and truncate_dim"
+    ):
+        decoder(image_embeds=embeds[:, :16])
+
+
 def test_what_cannot_be_joined_says_so(parts, tmp_path: Path, config, monkeypatch: pytest.MonkeyPatch):
     join = EdgeGlassForConditionalGeneration.from_alignment_pretrained
     with pytest.raises(ValueError, match=r"alignment '.*nowhere' cannot be loaded"):
@@ -247,8 +301,10 @@ def test_what_cannot_be_joined_says_so(parts, tmp_path: Path, config, monkeypatc
 
 def test_more_tokens_than_positions_are_refused(decoder, embeds: Tensor):
     long = torch.full((3, 253), 5)
-    with pytest.raises(ValueError, match="are 257 tokens, and the language model takes 256"):
+    with pytest.raises(ValueError, match="are 253 tokens, and the language model has positions for 252 behind the"):
         decoder(image_embeds=embeds, input_ids=long)
+    with pytest.raises(ValueError, match="are 253 tokens"):
+        decoder.generate(image_embeds=embeds, input_ids=long[:, :200], max_new_tokens=53)
     assert decoder(image_embeds=embeds, input_ids=long[:, 1:]).logits.shape[1] == 256
 
 

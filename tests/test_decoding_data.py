@@ -67,6 +67,7 @@ def test_text_in_the_place_of_pictures_wants_none(tmp_path: Path, processor):
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(batch["caption_inputs"][name], expected[name])
     assert batch["answers"] == ["a dot", "a red box"]
+    assert len(AnswersDataset(tmp_path / "text.parquet", EVAL, source="text", image_column="picture")) == 2
     with pytest.raises(DataError, match=r"no image column \(image_bytes, image, jpg\)"):
         AnswersDataset(tmp_path / "text.parquet", EVAL)
 
@@ -88,6 +89,14 @@ def test_a_batch_holds_what_is_asked_and_said(tmp_path: Path, processor):
     assert len(set(batch["image_ids"].tolist())) == 3
     assert [bad.row for bad in batch["bad_samples"]] == [2]
     assert batch["sample_ids"] == ["0", "1", "2"]
+
+
+def test_a_question_that_does_not_fit_is_named(tmp_path: Path, processor):
+    dataset = AnswersDataset(write_questions(tmp_path / "a.parquet"), EVAL)
+    fits = len(processor.prompt_ids("What is it?")) + 5
+    assert AnswersCollator(processor, 5, max_text_tokens=fits)([dataset[0]])["input_ids"].shape == (1, fits)
+    with pytest.raises(DataError, match=rf"sample_id 0: question and answer are {fits} tokens, .* {fits - 1} behind"):
+        AnswersCollator(processor, 5, max_text_tokens=fits - 1)([dataset[0]])
 
 
 def test_the_sets_of_a_run(tmp_path: Path):

@@ -14,6 +14,7 @@ from tests.decoding_runs import make_decoding_trainer, write_decoding_config
 from tests.interruptions import AtStep, assert_equal_tensors, kill, stop_workers, train_until_killed
 from training.checkpoints import newest_checkpoint
 from training.decoding.trainer import DecodingTrainer, embed, with_noise
+from training.errors import ConfigError
 
 
 @pytest.fixture
@@ -126,3 +127,10 @@ def test_captions_stand_where_their_alignment_puts_them(decoding_config: Path):
     inputs = trainer.processing_class.alignment_processor(text=batch["answers"])
     expected = trainer.model.alignment.get_text_features(**inputs)
     torch.testing.assert_close(embed(trainer.model.alignment, batch), expected)
+
+
+def test_what_a_decoder_cannot_do_is_refused_before_the_first_step(decoding_config: Path):
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor: labels cannot be smoothed behind a prefix"):
+        make_decoding_trainer(decoding_config, "trainer.label_smoothing_factor=0.1")
+    with pytest.raises(ConfigError, match=r"the prompt takes \d+ tokens of the 252 .* \d+ are left for an answer"):
+        make_decoding_trainer(decoding_config, "dataset.max_text_length=250")

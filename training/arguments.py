@@ -78,7 +78,7 @@ def build_arguments(config: Any, defaults: dict[str, Any], metrics: Sequence[str
     Args:
         config: Has `dataset.batch_size` and the sections `optimization` and `trainer`.
         defaults: Of this kind of run.
-        metrics: What an evaluation measures, to choose the best model by; the first one is the loss.
+        metrics: What an evaluation measures, to choose the best model by; `loss` is one of them.
 
     Raises:
         ConfigError: A trainer key is unknown or of a wrong type, or the launcher started more processes than train
@@ -159,7 +159,7 @@ def _check_metric(config: Any, name: str, known: Sequence[str]) -> None:
     if name.removeprefix("eval_") not in known:
         base = [metric for metric in known if "@" not in metric]
         sizes = dict.fromkeys(f"@{metric.split('@')[1]}" for metric in known if "@" in metric)
-        hint = _nearest(name, known) or f"there are {', '.join(base)}, and {', '.join(sizes)}"
+        hint = _nearest(name, known) or "there are " + ", and ".join(filter(None, (", ".join(base), ", ".join(sizes))))
         raise key_error(config, "trainer.metric_for_best_model", f"there is no metric {name!r}; {hint}")
 
 

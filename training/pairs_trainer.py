@@ -24,7 +24,7 @@ class PairsTrainer(RecoverableTrainer):
 
     Args:
         model: Has `trained_state_dict` and `load_trained_state_dict`.
-        args: As `build_training_arguments` makes them.
+        args: As `build_arguments` makes them.
         processing_class: It is saved with the model.
         data_collator: Makes batches of items.
         train_dataset: Items asked for as (epoch, index); None only evaluates.

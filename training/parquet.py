@@ -55,7 +55,7 @@ class ParquetPairs:
         sample_id_column: Column of the id; where there is none, the row number is the id.
         with_questions: The caption may be the answer to a question: columns of both are found.
         question_column: Column of the question; None finds it, where there is one.
-        needs_images: False takes files without a picture column too.
+        needs_images: False reads no pictures, and `image_column` is not looked for.
 
     Raises:
         DataError: A file cannot be read, a column is missing or of a wrong kind, or there are no rows.
@@ -83,7 +83,7 @@ class ParquetPairs:
         names = schemas[first].names
         captions = ANSWER_COLUMNS if with_questions else CAPTION_COLUMNS
         self.image_column: str | None = None
-        if needs_images or image_column is not None or set(IMAGE_COLUMNS) & set(names):
+        if needs_images:
             self.image_column = _find_column("image", image_column, IMAGE_COLUMNS, names, first)
         self.caption_column = _find_column("caption", caption_column, captions, names, first)
         if self.image_column == self.caption_column:
@@ -110,7 +110,7 @@ class ParquetPairs:
         try:
             stored = self.table[index]
         except UnicodeDecodeError:
-            return Row(None, None, str(index), "the caption or id is no UTF-8")
+            return Row(None, None, str(index), "the caption, question or id is no UTF-8")
         image_bytes = None if self.image_column is None else stored[self.image_column]
         if isinstance(image_bytes, dict):
             image_bytes = image_bytes["bytes"]
@@ -125,7 +125,7 @@ class ParquetPairs:
         try:
             stored = self._without_image[index]
         except UnicodeDecodeError:
-            return Row(None, None, str(index), "the caption or id is no UTF-8")
+            return Row(None, None, str(index), "the caption, question or id is no UTF-8")
         return self._row(index, stored, None)
 
     def _row(self, index: int, stored: Mapping[str, Any], image_bytes: bytes | None) -> Row:

@@ -21,6 +21,9 @@ def build_decoding_arguments(config: DecodingConfig, sizes: list[int]) -> Traini
         config: The run's.
         sizes: Of an embedding that are trained, the full one first.
     """
+    if config.trainer.get("label_smoothing_factor"):
+        reason = "labels cannot be smoothed behind a prefix that has none; leave it out"
+        raise key_error(config, "trainer.label_smoothing_factor", reason)
     metrics = ["loss", "bad_rows", "perplexity", *(f"perplexity@{size}" for size in sizes[1:])]
     return build_arguments(config, {"eval_on_start": True, "ddp_find_unused_parameters": False}, metrics)
 
@@ -41,6 +44,7 @@ def build_decoder(config: DecodingConfig, seed: int) -> EdgeGlassForConditionalG
             language_revision=bridge.language_revision,
             language_trust_remote_code=bridge.language_trust_remote_code,
             load_in_4bit=bridge.load_in_4bit,
+            dtype="float32" if bridge.language_training == "full" else "auto",  # what trains has to add small numbers
             num_prefix_tokens=bridge.num_prefix_tokens,
             language_training=bridge.language_training,
             lora_rank=bridge.lora_rank,
@@ -72,14 +76,13 @@ def build_decoding_processor(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    taken = bridge.num_prefix_tokens + len(processor.prompt_ids(config.dataset.prompt))
-    if positions is not None and taken + config.dataset.max_text_length > positions:
+    limit, taken = model.config.max_text_tokens, len(processor.prompt_ids(config.dataset.prompt))
+    if limit is not None and taken + config.dataset.max_text_length > limit:
         raise key_error(
             config,
             "dataset.max_text_length",
-            f"prefix and prompt take {taken} tokens, and the language model has positions for {positions}: "
-            f"{max(0, positions - taken)} are left for an answer",
+            f"the prompt takes {taken} tokens of the {limit} that the language model has positions for behind the "
+            f"prefix: {max(0, limit - taken)} are left for an answer",
         )
     return processor
 

@@ -10,7 +10,7 @@ from training.bad_samples import BadSample
 from training.batches import ImageTextCollator
 from training.data import PixmoParquetImageTextDataset
 from training.decoding.config import DecodingConfig
-from training.errors import DataError
+from training.errors import DataError, printable
 from training.parquet import ParquetPath, Row
 from training.transforms import Transform
 
@@ -64,10 +64,13 @@ class AnswersCollator:
     Args:
         processor: Makes token ids of questions and answers, and of captions those that the alignment reads.
         max_text_length: Longest answer in tokens.
+        max_text_tokens: That question and answer may have together; None is no limit.
     """
 
-    def __init__(self, processor: EdgeGlassDecodingProcessor, max_text_length: int) -> None:
-        self.processor, self.max_text_length = processor, max_text_length
+    def __init__(
+        self, processor: EdgeGlassDecodingProcessor, max_text_length: int, max_text_tokens: int | None = None
+    ) -> None:
+        self.processor, self.max_text_length, self.max_text_tokens = processor, max_text_length, max_text_tokens
         self._collate = ImageTextCollator(processor.alignment_tokenizer)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -77,6 +80,9 @@ class AnswersCollator:
             What is described: `pixel_values` (B, 3, S, S) or `image_features`; of captions `caption_inputs`, which the
             alignment's text tower takes. `input_ids`, `attention_mask` and `labels` (B, L); the lists `questions`,
             `answers`, `sample_ids` and `bad_samples`; for evaluation also `image_ids` and `is_valid` (B,).
+
+        Raises:
+            DataError: A question and its answer have too many tokens.
         """
         batch: dict[str, Any] = {"sample_ids": [item["sample_id"] for item in items]}
         batch["bad_samples"] = [bad for item in items for bad in item["bad_samples"]]
@@ -88,10 +94,20 @@ class AnswersCollator:
         else:
             batch["caption_inputs"] = self._collate.captions(items)
         batch |= self.processor.encode_answers(batch["questions"], batch["answers"], self.max_text_length)
-        for name in ("image_id", "is_valid"):
-            if name in items[0]:
-                batch[name if name == "is_valid" else "image_ids"] = torch.tensor([item[name] for item in items])
+        self._check_lengths(batch)
+        if "is_valid" in items[0]:
+            batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
+            batch["is_valid"] = torch.tensor([item["is_valid"] for item in items])
         return batch
+
+    def _check_lengths(self, batch: dict[str, Any]) -> None:
+        longest, row = batch["attention_mask"].sum(dim=1).max(dim=0)
+        if self.max_text_tokens is not None and longest > self.max_text_tokens:
+            raise DataError(
+                f"sample_id {printable(batch['sample_ids'][row])}: question and answer are {longest} tokens, and the "
+                f"language model has positions for {self.max_text_tokens} behind the prefix; leave the row out, or "
+                "lower dataset.max_text_length"
+            )
 
 
 def build_answers_datasets(

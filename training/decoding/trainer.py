@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassForConditionalGeneration, EdgeGlassModel
+from modeling_edgeglass.language_models import IGNORED_LABEL
 from training.decoding.data import AnswersCollator
 from training.errors import DataError
 from training.pairs_trainer import PairsTrainer
@@ -49,7 +50,7 @@ class DecodingTrainer(PairsTrainer):
             model,
             args,
             processing_class=processing_class,
-            data_collator=AnswersCollator(processing_class, max_text_length),
+            data_collator=AnswersCollator(processing_class, max_text_length, model.config.max_text_tokens),
             **options,
         )
         name_as_we_do(self)
@@ -107,7 +108,7 @@ class DecodingTrainer(PairsTrainer):
         with self.accelerator.autocast():
             embeds = embed(self._model.alignment, batch)
             losses = [self._answer_losses(embeds, batch, size) for size in sizes]
-        columns = torch.stack(losses, dim=1), (batch["labels"] != -100).sum(dim=1), batch["is_valid"]
+        columns = torch.stack(losses, dim=1), (batch["labels"] != IGNORED_LABEL).sum(dim=1), batch["is_valid"]
         gathered = self.accelerator.gather_for_metrics(columns)
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return tuple(gathered)
@@ -119,7 +120,7 @@ class DecodingTrainer(PairsTrainer):
         logits = model(image_embeds=embeds, truncate_dim=size, **inputs).logits
         # Collated batches are padded on the right: what predicts token i stands one before it, behind the prefix.
         predicting = logits[:, model.config.num_prefix_tokens - 1 : -1]
-        rows = zip(predicting, labels, strict=True)  # one by one: all in float32 would be the vocabulary many times
+        rows = zip(predicting, labels, strict=True)  # one by one: their softmax would be the vocabulary many times
         return torch.stack([F.cross_entropy(row.float(), said, reduction="sum") for row, said in rows])
 
 
