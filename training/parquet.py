@@ -93,6 +93,7 @@ class ParquetPairs:
             self._sample_id = _find_column("sample_id", sample_id_column, SAMPLE_ID_COLUMNS, names, first)
         if with_questions and (question_column is not None or set(QUESTION_COLUMNS) & set(names)):
             self._question = _find_column("question", question_column, QUESTION_COLUMNS, names, first)
+        self._undecodable = f"the caption{', question' if self._question else ''} or id is no UTF-8"
         found = (self.image_column, self.caption_column, self._sample_id, self._question)
         self._columns = [name for name in found if name is not None]
         for file, schema in schemas.items():
@@ -110,7 +111,7 @@ class ParquetPairs:
         try:
             stored = self.table[index]
         except UnicodeDecodeError:
-            return Row(None, None, str(index), "the caption, question or id is no UTF-8")
+            return Row(None, None, str(index), self._undecodable)
         image_bytes = None if self.image_column is None else stored[self.image_column]
         if isinstance(image_bytes, dict):
             image_bytes = image_bytes["bytes"]
@@ -125,7 +126,7 @@ class ParquetPairs:
         try:
             stored = self._without_image[index]
         except UnicodeDecodeError:
-            return Row(None, None, str(index), "the caption, question or id is no UTF-8")
+            return Row(None, None, str(index), self._undecodable)
         return self._row(index, stored, None)
 
     def _row(self, index: int, stored: Mapping[str, Any], image_bytes: bytes | None) -> Row:
