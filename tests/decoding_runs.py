@@ -38,6 +38,7 @@ def write_decoding_config(folder: Path, vision_dir: str, text_dir: str, **datase
             "num_prefix_tokens": 4,
         },
         "optimization": {"lr": 0.01},
+        "generation": {"max_new_tokens": 12},
         "trainer": {"output_dir": f"{folder}/run", "epochs": 2, "logging_steps": 1, "use_cpu": True},
     }
     path = folder / "decoding.yaml"
@@ -48,10 +49,10 @@ def write_decoding_config(folder: Path, vision_dir: str, text_dir: str, **datase
 def make_decoding_trainer(path: Path, *overrides: str) -> DecodingTrainer:
     """As run_decoding.py makes it."""
     config = load_decoding_config(path, overrides)
-    torch.manual_seed(config.trainer["seed"])
-    model = build_decoder(config, config.trainer["seed"])
+    args = build_decoding_arguments(config)
+    torch.manual_seed(args.seed)
+    model = build_decoder(config, args.seed)
     processor = build_decoding_processor(config, model)
-    args = build_decoding_arguments(config, model.config.sizes)
     data = build_decoding_datasets(config, processor, args.seed)
     trainer = DecodingTrainer(
         model,
@@ -61,6 +62,7 @@ def make_decoding_trainer(path: Path, *overrides: str) -> DecodingTrainer:
         eval_dataset=data["val"],
         max_text_length=config.dataset.max_text_length,
         text_noise=config.dataset.text_noise,
+        generation=config.generation,
         max_bad_fraction=config.dataset.max_bad_fraction,
     )
     cache_features(config.dataset, model.alignment, trainer, processor.alignment_processor, data)

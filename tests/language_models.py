@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tokenizers.decoders import WordPiece
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.towers import tiny_tokenizer
@@ -30,5 +31,6 @@ def save_tiny_language_model(path: Path, family: str = "qwen3") -> str:
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config)).save_pretrained(path)
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token, tokenizer.eos_token = "[CLS]", "[SEP]"
+    tokenizer.backend_tokenizer.decoder = WordPiece()  # words again, of their pieces
     tokenizer.save_pretrained(path)
     return str(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from training.arguments import build_training_arguments
-from training.build import build_datasets, build_model, build_processor
+from training.build import build_datasets, build_model, build_processor, frozen_weights
 from training.caching import cache_features
 from training.config import load_config
 from training.identity import run_identity
@@ -27,7 +27,7 @@ def make_trainer(run_config: Path, *overrides: str, visualize: bool = False) -> 
         train_dataset=data["train"],
         eval_dataset=data["val"],
         early_stopping_patience=config.optimization.early_stopping_patience,
-        identity=run_identity(config, model, data, args.world_size),
+        identity=run_identity(config, frozen_weights(model), data, args.world_size),
         on_nan=config.optimization.on_nan,
         max_bad_fraction=config.dataset.max_bad_fraction,
         tower_chunk_size=config.optimization.tower_chunk_size,

@@ -205,7 +205,7 @@ def test_any_change_of_a_file_changes_its_fingerprint(tmp_path: Path, monkeypatc
 
 
 def save_a_model(trainer: AlignmentTrainer, output_dir: Path) -> None:
-    save_model(trainer._model, trainer.processing_class, output_dir)
+    save_model(trainer._model.save_pretrained, trainer.processing_class, output_dir)
 
 
 def save_numbers(trainer: AlignmentTrainer, output_dir: Path) -> None:

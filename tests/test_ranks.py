@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_alignment import last_words
 from tests.commands import BIN, METRICS, evaluated_again, final_metrics, in_background, run_alignment, start, wait_for
 from tests.conftest import write_pairs
 from tests.interruptions import assert_equal_bits, assert_equal_tensors, with_batch_norms
@@ -20,6 +19,7 @@ from tests.runs import make_trainer
 from training.batches import EpochSampler
 from training.checkpoints import newest_checkpoint
 from training.errors import DataError
+from training.run import last_words
 
 
 def test_torchrun_starts_one_run_of_two_ranks(run_config: Path):

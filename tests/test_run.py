@@ -78,7 +78,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_extended(run_config: Path)
     (run_config.parent / "run").mkdir()
     (run_config.parent / "run" / "final_metrics.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"run holds a finished run; set trainer\.output_dir to another directory"):
-        checkpoint_to_resume(config, {})
+        checkpoint_to_resume(config.trainer, {})
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import METRICS, ROOT
+from tests.decoding_runs import write_decoding_config
 from tests.runs import make_trainer
 from tests.wandb_files import read_records
 from training.errors import ConfigError
@@ -73,6 +74,27 @@ def check_wandb(folder: Path) -> None:
     final = json.loads((folder / "final_metrics.json").read_text())
     assert float(summary["best/i2t_r1@16"]) == final["val/i2t_r1@16"]
     assert json.loads(config["losses"])["contrastive"] == 0.25
+
+
+def test_wandb_gets_described_pictures_as_a_table(vision_dir: str, text_dir: str, tmp_path: Path):
+    config = write_decoding_config(tmp_path, vision_dir, text_dir)
+    command = [sys.executable, "run_decoding.py", "--config", config, "trainer.epochs=1", "trainer.report_to=wandb"]
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    names, summary = set(), {}
+    for record in read_records(path):
+        names |= {item.key or ".".join(item.nested_key) for item in record.history.item}
+        summary |= {item.key: item.value_json for item in record.summary.update}
+    assert {"train/loss", "val/loss", "val/perplexity", "val/perplexity@16"} <= names
+    assert {"val/descriptions.path", "plots/descriptions.path", "plots/training_curves.path"} <= names
+    final = json.loads((tmp_path / "run/final_metrics.json").read_text())
+    assert float(summary["best/cider@16"]) == final["val/cider@16"]
+    (table, *_) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/val/descriptions*.json")
+    rows = json.loads(table.read_text())
+    assert rows["columns"] == ["picture", "question", "answer", "description"]
+    assert len(rows["data"]) == 6
 
 
 def check_tensorboard(folder: Path) -> None:

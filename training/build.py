@@ -3,6 +3,7 @@
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcessor
@@ -51,6 +52,14 @@ def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
             if encoder.freeze and encoder.pooling is not None:
                 encoder.pooling.requires_grad_(False)  # what it pooled is kept
     return model
+
+
+def frozen_weights(model: EdgeGlassModel) -> dict[str, dict[str, Tensor]]:
+    """Those that training leaves as they are, by the config key that names them, for `run_identity`."""
+    encoders = {"vision_encoder": model.vision_encoder, "text_encoder": model.text_encoder}
+    return {
+        f"{name}.model_name": encoder.backbone.state_dict() for name, encoder in encoders.items() if encoder.freeze
+    }
 
 
 def build_processor(config: AlignmentConfig, model: EdgeGlassModel) -> EdgeGlassProcessor:

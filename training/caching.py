@@ -20,7 +20,7 @@ from modeling_edgeglass.captions import hash_captions
 from modeling_edgeglass.distributed import rank, world_size
 from training.batches import tokenize
 from training.checkpointing import CheckpointingTrainer
-from training.config import DatasetConfig
+from training.config import PairsConfig
 from training.data import BadRowError, PixmoParquetImageTextDataset, content_hash
 from training.errors import ConfigError, UserError, told_by_each_rank
 from training.feature_cache import ENTRIES_PER_SHARD, Entry, FeatureCache
@@ -35,7 +35,7 @@ Batch = dict[str, Tensor]
 
 
 def cache_features(
-    config: DatasetConfig,
+    config: PairsConfig,
     model: EdgeGlassModel,
     trainer: CheckpointingTrainer,
     processor: EdgeGlassProcessor,
@@ -184,7 +184,7 @@ class _Captions(_Pass):
 
 
 def _passes(
-    config: DatasetConfig,
+    config: PairsConfig,
     model: EdgeGlassModel,
     trainer: CheckpointingTrainer,
     processor: EdgeGlassProcessor,

@@ -18,7 +18,7 @@ from transformers import (
 from training.data import PixmoParquetImageTextDataset
 from training.history import HistoryFiles, history_rows, logged_names
 from training.retrieval import EncodedPairs
-from training.visualization import draw_run, remove_sample, sample_evaluation, save_sample
+from training.visualization import draw_run, remove_sample, sample_evaluation, save_descriptions, save_sample
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,14 @@ _SHOWN = (
     "train/loss_mrl",
     "train/lr",
     "val/loss",
+    "val/perplexity",
     "val/i2t_r1",
     "val/t2i_r1",
 )
 
 
 def log_line(state: TrainerState, logs: Mapping[str, Any]) -> str | None:
-    """A log in one short line: losses, or R@1 both ways; None where it has neither."""
+    """A log in one short line: losses, perplexity or R@1 both ways; None where it has neither."""
     named = logged_names(logs)
     shown = [f"{name} {named[name]:.4g}" for name in _SHOWN if name in named]
     return f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown) if len(shown) > 1 else None
@@ -135,11 +136,11 @@ class HistoryCallback(TrainerCallback):
             )
 
 
-class VisualizationCallback(TrainerCallback):
+class FiguresCallback(TrainerCallback):
     """Draws the figures and the report after every evaluation; training goes on whatever becomes of them.
 
     Args:
-        trainer: An `AlignmentTrainer`, which keeps the pairs that it encoded last.
+        trainer: Whose evaluations they show.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -154,13 +155,12 @@ class VisualizationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep a sample of the evaluation, and draw."""
-        encoded: EncodedPairs | None = self._trainer.encoded
-        if not state.is_world_process_zero or encoded is None or encoded.dataset is not self._trainer.eval_dataset:
-            return  # another set is no matter of the run
+        """Keep what the figures show of the evaluation, and draw."""
+        if not state.is_world_process_zero or not self.is_shown():
+            return
         output_dir, failed = str(args.output_dir), {}
         try:
-            self._keep_sample(encoded, metrics or {}, output_dir, state.global_step)
+            self.keep(metrics or {}, output_dir, state.global_step)
         except Exception as error:  # a run must not end because of a picture of it
             failed["evaluation sample"] = error
         try:
@@ -174,8 +174,39 @@ class VisualizationCallback(TrainerCallback):
                 "not everything could be drawn (%s); training goes on, further failures are not told", reasons
             )
 
-    def _keep_sample(self, encoded: EncodedPairs, metrics: dict[str, float], output_dir: str, step: int) -> None:
+    def is_shown(self) -> bool:
+        """Whether the evaluation is a matter of the run: another set is none."""
+        raise NotImplementedError
+
+    def keep(self, metrics: dict[str, float], output_dir: str, step: int) -> None:
+        """Write a sample of the evaluation to the output directory."""
+        raise NotImplementedError
+
+
+class VisualizationCallback(FiguresCallback):
+    """The figures of an `AlignmentTrainer`, which keeps the pairs that it encoded last."""
+
+    def is_shown(self) -> bool:
+        """Of the trainer's own set."""
+        encoded: EncodedPairs | None = self._trainer.encoded
+        return encoded is not None and encoded.dataset is self._trainer.eval_dataset
+
+    def keep(self, metrics: dict[str, float], output_dir: str, step: int) -> None:
+        """Embeddings, pictures, captions and finds of a few pairs."""
         remove_sample(output_dir)  # an old one would look like this evaluation's
+        encoded: EncodedPairs = self._trainer.encoded
         if isinstance(encoded.dataset, PixmoParquetImageTextDataset):
             seed = self._trainer.args.seed
             save_sample(sample_evaluation(encoded, metrics, self._trainer.model, step=step, seed=seed), output_dir)
+
+
+class DescriptionsCallback(FiguresCallback):
+    """The figures of a `DecodingTrainer`, which keeps what it said of a few pictures last."""
+
+    def is_shown(self) -> bool:
+        """There is something."""
+        return bool(self._trainer.described)
+
+    def keep(self, metrics: dict[str, float], output_dir: str, step: int) -> None:
+        """Pictures with what was said of them."""
+        save_descriptions(self._trainer.described, output_dir)

@@ -9,9 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from modeling_edgeglass import EdgeGlassModel
 from training.checkpoints import read_identity
-from training.config import AlignmentConfig
 from training.data import PixmoParquetImageTextDataset
 from training.errors import CheckpointError
 
@@ -34,21 +32,31 @@ _FREE_KEYS = {
     "trainer.save_total_limit",
     "optimization.early_stopping_patience",
 }
-_FREE_PREFIXES = ("trainer.dataloader_", "trainer.hub_", "trainer.push_to_hub", "trainer.log_", "trainer.trackio_")
+_FREE_PREFIXES = (
+    "generation.",
+    "trainer.dataloader_",
+    "trainer.hub_",
+    "trainer.push_to_hub",
+    "trainer.log_",
+    "trainer.trackio_",
+)
 
 
 def run_identity(
-    config: AlignmentConfig, model: EdgeGlassModel, data: Mapping[str, PixmoParquetImageTextDataset], world_size: int
+    config: Any,
+    frozen: Mapping[str, Mapping[str, Tensor]],
+    data: Mapping[str, PixmoParquetImageTextDataset],
+    world_size: int,
 ) -> dict[str, Any]:
     """Keys and values of a run that a later session must share.
 
     Args:
         config: Its settings, but for those that change nothing in the result.
-        model: Its frozen backbones, by their weights.
+        frozen: The weights that it starts from and leaves as they are, by the config key that names them.
         data: Its train and val set, by content.
         world_size: Number of ranks: it decides the batches.
     """
-    settings: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[call-overload]
+    settings: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     identity = {
         f"{section}.{key}": value
         for section, keys in settings.items()
@@ -56,10 +64,7 @@ def run_identity(
         if f"{section}.{key}" not in _FREE_KEYS and not f"{section}.{key}".startswith(_FREE_PREFIXES)
     }
     identity |= {f"content of dataset.{split}_parquet": data[split].pairs.fingerprint for split in ("train", "val")}
-    for name in ("vision_encoder", "text_encoder"):
-        encoder: Any = model.get_submodule(name)
-        if encoder.freeze:
-            identity[f"weights of {name}.model_name"] = weights_checksum(encoder.backbone.state_dict())
+    identity |= {f"weights of {key}": weights_checksum(state) for key, state in frozen.items()}
     return identity | {"number of processes": world_size}
 
 

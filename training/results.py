@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from omegaconf import OmegaConf
+from transformers import ProcessorMixin
+
 from training.checkpoints import newest_checkpoint
-from training.config import AlignmentConfig, load_config
 from training.errors import ConfigError, clear_write_errors
 from training.identity import check_same_run
 
@@ -20,15 +21,19 @@ PREEMPTED = "preempted.json"
 PREEMPTED_STATUS = 75  # of the process: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
-def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -> Path | None:
+def checkpoint_to_resume(trainer: Mapping[str, Any], identity: Mapping[str, Any]) -> Path | None:
     """The checkpoint that a run goes on from; None where it starts anew.
+
+    Args:
+        trainer: That section of the run's config.
+        identity: As `run_identity` gives it.
 
     Raises:
         ConfigError: The run is finished, or `trainer.resume` is never and the directory is not empty.
         CheckpointError: The directory holds a run with other settings.
     """
-    output_dir = Path(config.trainer["output_dir"])
-    if config.trainer.get("resume", "auto") == "never" and output_dir.exists() and any(output_dir.iterdir()):
+    output_dir = Path(trainer["output_dir"])
+    if trainer.get("resume", "auto") == "never" and output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"{output_dir} is not empty, and trainer.resume=never starts only in an empty directory")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -
     checkpoint = newest_checkpoint(output_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
-    if (output_dir / FINAL_METRICS).exists() and not (checkpoint and _is_longer(config, output_dir)):
+    if (output_dir / FINAL_METRICS).exists() and not (checkpoint and _is_longer(trainer, output_dir)):
         extend = "raise trainer.epochs to extend it, " if checkpoint else ""
         raise ConfigError(
             f"{output_dir} holds a finished run; {extend}set trainer.output_dir to another directory, "
@@ -46,10 +51,10 @@ def checkpoint_to_resume(config: AlignmentConfig, identity: Mapping[str, Any]) -
     return checkpoint
 
 
-def _is_longer(config: AlignmentConfig, output_dir: Path) -> bool:
+def _is_longer(trainer: Mapping[str, Any], output_dir: Path) -> bool:
     """Whether a config asks for more than the finished run in a directory did."""
-    finished = load_config(output_dir / CONFIG).trainer
-    return any(config.trainer.get(key, 0) > finished.get(key, 0) for key in ("epochs", "max_steps"))
+    finished: Any = OmegaConf.to_container(OmegaConf.load(output_dir / CONFIG))  # written by us, nothing to resolve
+    return any(trainer.get(key, 0) > finished["trainer"].get(key, 0) for key in ("epochs", "max_steps"))
 
 
 def clear_marks(output_dir: str | os.PathLike[str]) -> None:
@@ -63,8 +68,13 @@ def mark_preempted(output_dir: str | os.PathLike[str], step: int) -> None:
     save_metrics({"step": step}, Path(output_dir) / PREEMPTED)
 
 
-def save_model(model: EdgeGlassModel, processor: EdgeGlassProcessor, output_dir: str | os.PathLike[str]) -> None:
-    """Write the model, its config and its processor to `output_dir`/model, for `from_pretrained`; whole or not at all.
+def save_model(write: Callable[[Path], object], processor: ProcessorMixin, output_dir: str | os.PathLike[str]) -> None:
+    """Write a model, its config and its processor to `output_dir`/model, for `from_pretrained`; whole or not at all.
+
+    Args:
+        write: Writes the model and its config into a directory, as `model.save_pretrained` does.
+        processor: What makes its inputs.
+        output_dir: The run's.
 
     Raises:
         OutputError: The disk is full, or the directory cannot be written.
@@ -75,7 +85,7 @@ def save_model(model: EdgeGlassModel, processor: EdgeGlassProcessor, output_dir:
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with clear_write_errors(folder):
-            model.save_pretrained(aside)
+            write(aside)
             processor.save_pretrained(aside)
             if folder.exists():
                 folder.rename(replaced)

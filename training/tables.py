@@ -23,3 +23,53 @@ def recall_table(metrics: Mapping[str, float], dimensions: Sequence[int], split:
         ]
         lines.append(f"{dimension:9d} |   {cells[0]} |   {cells[1]}")
     return "\n".join(lines)
+
+
+def description_table(metrics: Mapping[str, float], dimensions: Sequence[int]) -> str:
+    """Scores of descriptions, one row per size; then those without looking at the picture, where they were measured.
+
+    Args:
+        metrics: Under the logged names, such as `val/cider` and `val/cider@128`.
+        dimensions: The full size first, then the Matryoshka sizes.
+    """
+    header = ("", *DESCRIPTION_COLUMNS)
+    rows = [header, *((name, *cells) for name, cells in description_rows(metrics, dimensions[0]))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([DESCRIPTION_UNITS, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+DESCRIPTION_UNITS = "perplexity of a token; of the rest a hundredth each; CIDEr with its 95 % interval by bootstrap"
+DESCRIPTION_COLUMNS = (
+    "perplexity",
+    "BLEU-4",
+    "ROUGE-L",
+    "CIDEr",
+    "interval",
+    "exact",
+    *(f"self R@{k}" for k in RECALL_KS),
+)
+_SCORES = ("bleu4", "rouge_l", "cider", "exact_match", *(f"self_r{k}" for k in RECALL_KS))
+
+
+def description_rows(metrics: Mapping[str, float], full_dimension: int | None) -> list[tuple[str, list[str]]]:
+    """Names and cells of the rows of a table of descriptions: sizes, the largest first, then the controls."""
+    sizes = sorted(
+        (int(name.partition("@")[2]) for name in metrics if name.startswith("val/perplexity@")), reverse=True
+    )
+    kinds = [(str(full_dimension or "full"), "", "")]
+    kinds += [(str(size), "", f"@{size}") for size in sizes]
+    kinds += [("another picture's", "other_", ""), ("untrained bridge", "untrained_", "")]
+    rows = []
+    for title, prefix, suffix in kinds:
+
+        def cell(name: str, scale: float = 100, prefix: str = prefix, suffix: str = suffix) -> str:
+            value = metrics.get(f"val/{prefix}{name}{suffix}")
+            return "" if value is None else f"{scale * value:.1f}"
+
+        scores = [cell(name) for name in _SCORES]
+        interval = f"{cell('cider_low')}..{cell('cider_high')}" if cell("cider") else ""
+        cells = [cell("perplexity", 1), *scores[:3], interval, *scores[3:]]
+        if any(cells[:4]):
+            rows.append((title, cells))
+    return rows

@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from training.errors import ConfigError
 from training.history import STEP, logged_names
 from training.results import CONFIG
-from training.visualization import EvaluationSample, load_sample
+from training.visualization import Described, EvaluationSample, load_descriptions, load_sample
 from training.visualization.report import FIGURES
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class AlignmentTrackioCallback(TrackioCallback):
 
 
 class AlignmentWandbCallback(WandbCallback):
-    """W&B: metrics live, and after every evaluation the figures, recall over the size, and the gallery as a table.
+    """W&B: metrics live, and after every evaluation the figures, recall over the size, and tables: what was found, or
+    what was said of pictures.
 
     Its files lie in the output directory. `WANDB_MODE=offline` needs no account. Of the best model, which is evaluated
     once more after training, the path and the numbers (`best/i2t_r1`) are in the summary.
@@ -152,9 +153,9 @@ class AlignmentWandbCallback(WandbCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Send figures, recall over the size and the gallery; of the final evaluation also the numbers, as summary."""
+        """Send figures, recall over the size and the tables; of the final evaluation also the numbers, as summary."""
         named = logged_names(metrics or {})
-        if "val/i2t_r1" in named:  # another set is no matter of the run
+        if "val/loss" in named:  # another set is no matter of the run
             self._send(state, lambda: self._send_evaluation(Path(str(args.output_dir)), named, state.global_step))
 
     def _send(self, state: TrainerState, send: Callable[[], None]) -> None:
@@ -176,6 +177,8 @@ class AlignmentWandbCallback(WandbCallback):
         if sample is not None:
             shown["val/recall_by_dimension"] = self._recall_line(named, sample.image_embeds.shape[1])
             shown["val/gallery"] = self._gallery(sample)
+        if described := load_descriptions(output_dir):
+            shown["val/descriptions"] = self._descriptions(described)
         self._wandb.log(shown | {STEP: step})
         if self._is_trained:
             best = {name.replace("val/", "best/"): value for name, value in named.items() if name.startswith("val/")}
@@ -205,6 +208,10 @@ class AlignmentWandbCallback(WandbCallback):
             title="R@1 on val over the size of the embedding",
             xname="numbers",
         )
+
+    def _descriptions(self, described: Sequence[Described]) -> Any:
+        data = [[self._wandb.Image(item.picture), item.question, item.answer, item.description] for item in described]
+        return self._wandb.Table(columns=["picture", "question", "answer", "description"], data=data)
 
     def _gallery(self, sample: EvaluationSample) -> Any:
         gallery, captions = sample.text_to_image, sample.picture_captions

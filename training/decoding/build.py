@@ -1,11 +1,20 @@
 """From a decoding config to the parts of a run."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from transformers import TrainingArguments
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedConfig, TrainingArguments
 
-from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassForConditionalGeneration
+from modeling_edgeglass import (
+    EdgeGlassConfig,
+    EdgeGlassDecodingConfig,
+    EdgeGlassDecodingProcessor,
+    EdgeGlassForConditionalGeneration,
+)
+from modeling_edgeglass.decoding_edgeglass import BRIDGE_FILE
 from training.arguments import build_arguments
 from training.build import image_transforms
 from training.config_files import key_error
@@ -14,18 +23,30 @@ from training.decoding.data import AnswersDataset, build_answers_datasets
 from training.errors import ConfigError
 
 
-def build_decoding_arguments(config: DecodingConfig, sizes: list[int]) -> TrainingArguments:
+def build_decoding_arguments(config: DecodingConfig) -> TrainingArguments:
     """Arguments of a decoding run; see `build_arguments`.
 
-    Args:
-        config: The run's.
-        sizes: Of an embedding that are trained, the full one first.
+    Raises:
+        ConfigError: As there; or the alignment is none.
     """
     if config.trainer.get("label_smoothing_factor"):
         reason = "labels cannot be smoothed behind a prefix that has none; leave it out"
         raise key_error(config, "trainer.label_smoothing_factor", reason)
-    metrics = ["loss", "bad_rows", "perplexity", *(f"perplexity@{size}" for size in sizes[1:])]
+    metrics = ["loss", "bad_rows", "perplexity", *(f"perplexity@{size}" for size in _smaller_sizes(config))]
     return build_arguments(config, {"eval_on_start": True, "ddp_find_unused_parameters": False}, metrics)
+
+
+def _smaller_sizes(config: DecodingConfig) -> list[int]:
+    """Matryoshka sizes of the alignment, from its config alone: a language model takes its time to load."""
+    name = config.decoding.alignment
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, revision=config.decoding.alignment_revision or "main")
+        if found.get("model_type") != EdgeGlassConfig.model_type:
+            raise ValueError(f"its config.json tells of a model of type {found.get('model_type')}, or is not there")
+        return list(EdgeGlassConfig.from_dict(found).mrl_dimensions)
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"{name!r} is no alignment: {str(error).strip().splitlines()[0]}; run_alignment.py makes one"
+        raise key_error(config, "decoding.alignment", reason) from error
 
 
 def build_decoder(config: DecodingConfig, seed: int) -> EdgeGlassForConditionalGeneration:
@@ -56,6 +77,21 @@ def build_decoder(config: DecodingConfig, seed: int) -> EdgeGlassForConditionalG
         raise ConfigError(str(error)) from error
 
 
+def frozen_decoder_weights(model: EdgeGlassForConditionalGeneration) -> dict[str, dict[str, Tensor]]:
+    """Those that training leaves as they are, by the config key that names them, for `run_identity`."""
+    trained = model.trained_state_dict().keys()
+    parts = {"decoding.alignment": "alignment", "decoding.language_model": "language_model"}
+    weights = {
+        key: {
+            name: value
+            for name, value in model.get_submodule(part).state_dict().items()
+            if f"{part}.{name}" not in trained
+        }
+        for key, part in parts.items()
+    }
+    return {key: state for key, state in weights.items() if state}
+
+
 def build_decoding_processor(
     config: DecodingConfig, model: EdgeGlassForConditionalGeneration
 ) -> EdgeGlassDecodingProcessor:
@@ -73,6 +109,7 @@ def build_decoding_processor(
             alignment_revision=bridge.alignment_revision,
             language_revision=bridge.language_revision,
             language_trust_remote_code=bridge.language_trust_remote_code,
+            prompt=config.dataset.prompt,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -85,6 +122,38 @@ def build_decoding_processor(
             f"prefix: {max(0, limit - taken)} are left for an answer",
         )
     return processor
+
+
+def save_decoder(model: EdgeGlassForConditionalGeneration, folder: Path) -> None:
+    """Write what training changed; of a language model that trained as a whole all, else the bridge and adapters."""
+    write = model.save_pretrained if model.config.language_training == "full" else model.save_bridge_only
+    write(folder)
+
+
+def load_decoder(
+    name_or_path: str, **loading: Any
+) -> tuple[EdgeGlassForConditionalGeneration, EdgeGlassDecodingProcessor]:
+    """A saved decoder, whole or the bridge alone, and its processor.
+
+    Args:
+        name_or_path: Directory, or id on the Hub of a whole one.
+        **loading: Of a bridge alone: as for `from_bridge_pretrained`.
+
+    Raises:
+        ConfigError: There is none, or it or one of its parts cannot be read.
+    """
+    try:
+        kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", "unknown")
+        if kind != EdgeGlassDecodingConfig.model_type:
+            raise ValueError(f"its config.json tells of a model of type {kind}, or is not there")
+        processor: Any = EdgeGlassDecodingProcessor.from_pretrained(name_or_path)
+        if (Path(name_or_path) / BRIDGE_FILE).is_file():
+            model = EdgeGlassForConditionalGeneration.from_bridge_pretrained(name_or_path, **loading)
+        else:
+            model = EdgeGlassForConditionalGeneration.from_pretrained(name_or_path)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{name_or_path}: no decoder: {str(error).strip().splitlines()[0]}") from error
+    return model.eval(), processor
 
 
 def build_decoding_datasets(

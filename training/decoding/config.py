@@ -62,7 +62,8 @@ class GenerationConfig:
 
     max_new_tokens: int = 64
     num_beams: int = 1  # 1: the likeliest token each time
-    num_samples: int = 20  # pictures that are described after every evaluation
+    num_samples: int = 20  # pictures that are described and shown after every evaluation
+    num_scored: int = 500  # pictures that are described and scored after training, at every size
 
 
 @dataclass
@@ -89,6 +90,7 @@ _RULES: dict[str, Rule] = {
     "generation.max_new_tokens": at_least(1),
     "generation.num_beams": at_least(1),
     "generation.num_samples": at_least(0),
+    "generation.num_scored": at_least(0),
 }
 
 

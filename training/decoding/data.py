@@ -1,11 +1,12 @@
 """Pictures, or captions in their place, with what is asked and what is to be said of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from modeling_edgeglass import EdgeGlassDecodingProcessor
+from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassModel
 from training.bad_samples import BadSample
 from training.batches import ImageTextCollator
 from training.data import PixmoParquetImageTextDataset
@@ -108,6 +109,16 @@ class AnswersCollator:
                 f"language model has positions for {self.max_text_tokens} behind the prefix; leave the row out, or "
                 "lower dataset.max_text_length"
             )
+
+
+@torch.no_grad()
+def embed(alignment: EdgeGlassModel, batch: Mapping[str, Any]) -> Tensor:
+    """Embeddings (B, D) of a batch's pictures, or of the captions in their place, or of what is kept."""
+    if (captions := batch.get("caption_inputs")) is not None:
+        return alignment.text_encoder(
+            captions.get("input_ids"), captions.get("attention_mask"), captions.get("text_features")
+        )
+    return alignment.vision_encoder(batch.get("pixel_values"), batch.get("image_features"))
 
 
 def build_answers_datasets(

@@ -1,7 +1,9 @@
 """DecodingTrainer: trains the bridge from embeddings to a language model, and its adapters."""
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy
@@ -12,12 +14,21 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassForConditionalGeneration, EdgeGlassModel
+from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassForConditionalGeneration
+from modeling_edgeglass.decoding_edgeglass import num_predicting
 from modeling_edgeglass.language_models import IGNORED_LABEL
-from training.decoding.data import AnswersCollator
+from training.callbacks import DescriptionsCallback
+from training.decoding.config import GenerationConfig
+from training.decoding.data import AnswersCollator, AnswersDataset, embed
+from training.decoding.describing import Describer
 from training.errors import DataError
 from training.pairs_trainer import PairsTrainer
+from training.results import save_metrics
 from training.tracking import name_as_we_do
+from training.visualization import Described
+from training.visualization.style import thumbnail
+
+UNTRAINED_METRICS = "untrained_metrics.json"
 
 
 class DecodingTrainer(PairsTrainer):
@@ -33,7 +44,12 @@ class DecodingTrainer(PairsTrainer):
         max_text_length: Longest answer in tokens.
         text_noise: Length of the noise on embeddings of captions that stand for pictures, by their own (CapDec,
             arXiv:2211.00575): captions are not where pictures are, only near by.
+        generation: How val pictures are described: a few after every evaluation, and more, which are scored, in one
+            that is no part of training; None describes nothing.
         **options: As for `PairsTrainer`: the data sets, early stopping, callbacks, what a run goes on from.
+
+    Attributes:
+        described: What was said of a few pictures in the last evaluation, on rank 0; empty before, and elsewhere.
     """
 
     def __init__(
@@ -44,6 +60,7 @@ class DecodingTrainer(PairsTrainer):
         processing_class: EdgeGlassDecodingProcessor,
         max_text_length: int = 128,
         text_noise: float = 1.0,
+        generation: GenerationConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -53,8 +70,11 @@ class DecodingTrainer(PairsTrainer):
             data_collator=AnswersCollator(processing_class, max_text_length, model.config.max_text_tokens),
             **options,
         )
-        name_as_we_do(self)
-        self.text_noise = text_noise
+        self.add_callback(DescriptionsCallback(self))
+        name_as_we_do(self)  # behind the figures, which they send
+        self.text_noise, self.generation = text_noise, generation or GenerationConfig(num_samples=0, num_scored=0)
+        self.described: list[Described] = []
+        self._untrained: dict[str, float] = {}
         self._loss_shifts_labels = False  # the prefix stands before the first label, which is predicted too
 
     @property
@@ -95,12 +115,68 @@ class DecodingTrainer(PairsTrainer):
         metrics = {"loss": means.mean().item(), "bad_rows": float(num_bad)}
         for size, mean in zip(sizes, means.tolist(), strict=True):
             metrics["perplexity" if size == sizes[0] else f"perplexity@{size}"] = math.exp(min(mean, 700.0))
+        dataset: Any = dataloader.dataset
+        if dataset is self.eval_dataset and self.generation.num_samples:
+            self.described = self._describe_samples(dataset)
+        if self.generation.num_scored and not self.is_in_train:
+            metrics |= self.score_descriptions(dataset)
         return EvalLoopOutput(
             predictions=numpy.empty(0),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=int(is_valid.sum()),
         )
+
+    @torch.no_grad()
+    def score_descriptions(self, dataset: AnswersDataset, *, full_size_alone: bool = False) -> dict[str, float]:
+        """Have pictures described and score what is said; see `Describer.score`.
+
+        Args:
+            dataset: Whose pictures they are, evenly spread, `generation.num_scored` at most.
+            full_size_alone: Leave out the smaller sizes, and what is said of another picture's embedding.
+
+        Returns:
+            `cider` and the other scores, `cider@d` of embeddings of d numbers, and `other_cider` of the model that
+            reads the embedding of another picture.
+        """
+        self._model.eval()
+        describer = Describer(self, dataset, self.generation.num_scored, self.generation)
+        pictures = describer.embed()
+        full, *sizes = self._model.config.sizes
+        scores = describer.score(pictures, title=f"describe {full}")
+        if full_size_alone:
+            return scores
+        for size in sizes:
+            found = describer.score(pictures, size, title=f"describe {size}")
+            scores |= {f"{name}@{size}": value for name, value in found.items()}
+        other = describer.score(pictures, exchanged=True, title="describe another picture")
+        return scores | {f"other_{name}": value for name, value in other.items()} | self._untrained
+
+    def score_untrained(self, *, is_resumed: bool) -> None:
+        """Score the model before its first step; a run that goes on has this from its first session.
+
+        Raises:
+            Interrupted: Some rank got a signal.
+        """
+        path = Path(str(self.args.output_dir)) / UNTRAINED_METRICS
+        if not self.generation.num_scored or not isinstance(self.eval_dataset, AnswersDataset):
+            return
+        if not is_resumed:
+            scores = self.score_descriptions(self.eval_dataset, full_size_alone=True)
+            self._untrained = {f"untrained_{name}": value for name, value in scores.items()}
+            if self.args.should_save:
+                save_metrics(self._untrained, path)
+        elif path.exists():
+            self._untrained = json.loads(path.read_text())
+
+    def _describe_samples(self, dataset: Any) -> list[Described]:
+        describer = Describer(self, dataset, self.generation.num_samples, self.generation)
+        pictures = describer.embed()
+        texts = describer.describe(pictures).texts
+        if not self.is_world_process_zero():
+            return []
+        asked = zip(pictures.rows, pictures.questions, pictures.answers, texts, strict=True)
+        return [Described(thumbnail(dataset.pair(row)[0]), *words) for row, *words in asked]
 
     def _measure(self, batch: dict[str, Any], sizes: list[int]) -> tuple[Tensor, ...]:
         """Of every row from every rank: -log of the probability of its answer (B, sizes), its tokens, is it good."""
@@ -115,23 +191,15 @@ class DecodingTrainer(PairsTrainer):
 
     def _answer_losses(self, embeds: Tensor, batch: Mapping[str, Tensor], size: int) -> Tensor:
         """-log of the probability of each answer (B,), in nats."""
-        model, labels = self._model, batch["labels"]
+        model = self._model
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = model(image_embeds=embeds, truncate_dim=size, **inputs).logits
-        # Collated batches are padded on the right: what predicts token i stands one before it, behind the prefix.
-        predicting = logits[:, model.config.num_prefix_tokens - 1 : -1]
-        rows = zip(predicting, labels, strict=True)  # one by one: their softmax would be the vocabulary many times
+        # Collated batches are padded on the right: no token changes its place behind the prefix.
+        labels = F.pad(batch["labels"], (model.config.num_prefix_tokens, 0), value=IGNORED_LABEL)
+        kept = num_predicting(labels)
+        logits = model(image_embeds=embeds, truncate_dim=size, logits_to_keep=kept, **inputs).logits
+        # One by one: their softmax would be the vocabulary many times.
+        rows = zip(logits[:, -kept:-1], labels[:, labels.shape[1] - kept + 1 :], strict=True)
         return torch.stack([F.cross_entropy(row.float(), said, reduction="sum") for row, said in rows])
-
-
-@torch.no_grad()
-def embed(alignment: EdgeGlassModel, batch: Mapping[str, Any]) -> Tensor:
-    """Embeddings (B, D) of a batch's pictures, or of the captions in their place, or of what is kept."""
-    if (captions := batch.get("caption_inputs")) is not None:
-        return alignment.text_encoder(
-            captions.get("input_ids"), captions.get("attention_mask"), captions.get("text_features")
-        )
-    return alignment.vision_encoder(batch.get("pixel_values"), batch.get("image_features"))
 
 
 def with_noise(embeds: Tensor, length: float) -> Tensor:

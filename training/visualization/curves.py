@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from training.history import Row, series
@@ -19,22 +20,39 @@ class NothingToDrawError(ValueError):
 
 
 def training_curves(rows: Sequence[Row]) -> Figure:
-    """Loss of train and val, and R@1 both ways, over steps."""
+    """Loss of train and val, and R@1 both ways, or of a language model perplexity, over steps."""
     require(rows, "train/loss", "val/loss")
     figure = new_figure(10, 4)
-    losses, recall = figure.subplots(1, 2)
+    losses, right = figure.subplots(1, 2)
     draw_series(losses, *series(rows, "train/loss"), "train, mean since the last log", NEUTRAL)
     draw_series(losses, *series(rows, "val/loss"), "val, all sizes", THIRD)
     finish_axes(losses, "Loss", STEP_LABEL, "loss (nats)")
-    for name, label, color in (("i2t", "image to text", IMAGE), ("t2i", "text to image", TEXT)):
-        steps, shares = series(rows, f"val/{name}_r1")
-        draw_series(recall, steps, [100 * share for share in shares], label, color)
-    finish_axes(recall, "Retrieval on val, full size", STEP_LABEL, "R@1 (%)")
-    recall.set_ylim(0, max(1.0, 1.15 * recall.dataLim.ymax) if np.isfinite(recall.dataLim.ymax) else 1.0)
-    for axes in (losses, recall):
+    if any("val/perplexity" in row for row in rows):
+        _draw_perplexity(right, rows)
+    else:
+        _draw_recall(right, rows)
+    for axes in (losses, right):
         axes.set_xlim(left=0)
         axes.legend(frameon=False)
     return figure
+
+
+def _draw_recall(axes: Axes, rows: Sequence[Row]) -> None:
+    for name, label, color in (("i2t", "image to text", IMAGE), ("t2i", "text to image", TEXT)):
+        steps, shares = series(rows, f"val/{name}_r1")
+        draw_series(axes, steps, [100 * share for share in shares], label, color)
+    finish_axes(axes, "Retrieval on val, full size", STEP_LABEL, "R@1 (%)")
+    axes.set_ylim(0, max(1.0, 1.15 * axes.dataLim.ymax) if np.isfinite(axes.dataLim.ymax) else 1.0)
+
+
+def _draw_perplexity(axes: Axes, rows: Sequence[Row]) -> None:
+    sizes = {int(match[1]) for row in rows for name in row if (match := re.fullmatch(r"val/perplexity@(\d+)", name))}
+    draw_series(axes, *series(rows, "val/perplexity"), "whole embedding", IMAGE)
+    if sizes:
+        smallest = min(sizes)
+        draw_series(axes, *series(rows, f"val/perplexity@{smallest}"), f"first {smallest} numbers", TEXT)
+    finish_axes(axes, "Answers of val", STEP_LABEL, "perplexity of a token")
+    axes.set_yscale("log")  # an untrained bridge is a thousand times worse
 
 
 def loss_components(rows: Sequence[Row]) -> Figure:

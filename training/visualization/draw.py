@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from training.history import read_history
 from training.visualization.curves import NothingToDrawError
+from training.visualization.descriptions import load_descriptions
 from training.visualization.report import write_report
 from training.visualization.sample import load_sample
 from training.visualization.visualizer import TrainingVisualizer
@@ -45,6 +46,8 @@ def draw_run(output_dir: str | os.PathLike[str], method: str = "pca") -> dict[st
         }
         if len(sample.attention):
             figures["attention_map"] = lambda: draw.plot_attention_map(sample.attended.numpy(), sample.attention)
+    if described := load_descriptions(output_dir):
+        figures["descriptions"] = lambda: draw.plot_descriptions(described)
     figures["report"] = lambda: write_report(output_dir, full_dimension)
     failed: dict[str, Exception] = {}
     for name, make in figures.items():

@@ -14,6 +14,7 @@ from training.environment import ENVIRONMENT
 from training.history import EPOCH, STEP, read_history
 from training.results import CONFIG, FINAL_METRICS, PREEMPTED
 from training.retrieval import RECALL_KS
+from training.tables import DESCRIPTION_COLUMNS, DESCRIPTION_UNITS, description_rows
 
 REPORT = "report.html"
 
@@ -26,6 +27,7 @@ FIGURES = {
     "similarity_matrix": "Are pairs more alike than the rest?",
     "embedding_space": "Where do pictures and captions lie?",
     "attention_map": "Where does the pooling look?",
+    "descriptions": "What does it say of pictures?",
     "lr_schedule": "What was the learning rate?",
 }
 
@@ -39,7 +41,7 @@ def write_report(output_dir: str | os.PathLike[str], full_dimension: int | None)
     """
     folder = Path(output_dir)
     rows = read_history(folder)
-    evaluations = [row for row in rows if "val/i2t_r1" in row]
+    evaluations = [row for row in rows if "val/loss" in row]
     last = evaluations[-1] if evaluations else {}
     final = _read_json(folder / FINAL_METRICS)
     metrics = final or last
@@ -52,6 +54,9 @@ def write_report(output_dir: str | os.PathLike[str], full_dimension: int | None)
         origin="the model that was saved" if final else f"step {last.get(STEP, 0)}",
         recall=_recall_rows(metrics, full_dimension),
         recall_ks=RECALL_KS,
+        description_columns=DESCRIPTION_COLUMNS,
+        description_units=DESCRIPTION_UNITS,
+        descriptions=description_rows(metrics, full_dimension) if "val/perplexity" in metrics else [],
         metrics={name: value for name, value in sorted(metrics.items()) if "@" not in name},
         figures=[
             (name, question, base64.b64encode(path.read_bytes()).decode())

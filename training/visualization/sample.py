@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,13 +25,13 @@ from training.history import logged_names
 from training.retrieval import EncodedPairs
 from training.transforms import ImageTransform
 from training.visualization.gallery import Gallery, find_nearest
+from training.visualization.style import thumbnail
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_FILE = "evaluation_sample.safetensors"
 MAX_PAIRS = 256  # of the embedding space; a similarity matrix shows the first 64 of them
 NUM_TEXT_QUERIES, NUM_IMAGE_QUERIES, NUM_ATTENTION = 5, 3, 6
-THUMBNAIL = 128  # pixels, side of a picture in the gallery
 MAX_CAPTION = 300  # characters that are kept
 
 
@@ -87,7 +86,7 @@ def sample_evaluation(
     image_to_text = find_nearest(torch.tensor(image_queries), embeds[0], embeds[1], encoded.match_ids)
     shown = sorted({*text_queries, *image_queries, *text_to_image.found.flatten().tolist(),
                     *image_to_text.found.flatten().tolist()})  # fmt: skip
-    thumbnails = [_thumbnail(dataset.pair(int(encoded.rows[pair]))[0]) for pair in shown]
+    thumbnails = [thumbnail(dataset.pair(int(encoded.rows[pair]))[0]) for pair in shown]
 
     def captions_of(pairs: Iterable[int]) -> list[str]:
         return [(dataset.pairs[int(encoded.rows[pair])].caption or "")[:MAX_CAPTION] for pair in pairs]
@@ -107,15 +106,6 @@ def sample_evaluation(
         attended=attended,
         attention=attention,
     )
-
-
-def _thumbnail(picture: Image.Image) -> np.ndarray:
-    """A picture in the middle of a white square; also where it is as thin as a line."""
-    scale = THUMBNAIL / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
-    square.paste(picture.resize((width, height)), ((THUMBNAIL - width) // 2, (THUMBNAIL - height) // 2))
-    return np.asarray(square)
 
 
 def _among(shown: Sequence[int], gallery: Gallery) -> Gallery:

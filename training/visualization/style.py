@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 # The palette of Okabe and Ito (2008, jfly.uni-koeln.de/color), which colour-blind people can tell apart. A colour has
 # one meaning in every figure: pictures and image-to-text, text and text-to-image, and what is neither.
@@ -17,6 +18,7 @@ IMAGE, TEXT, THIRD, NEUTRAL = "#0072B2", "#D55E00", "#009E73", "#767676"
 HEAT = "cividis"  # even for all kinds of colour vision, from dark blue to yellow
 
 DPI = 110  # pixels per inch
+THUMBNAIL = 128  # pixels, side of a small picture
 MANY_POINTS = 60  # from here on single points are no longer marked
 
 
@@ -91,3 +93,12 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, format="png")
+
+
+def thumbnail(picture: Image.Image) -> np.ndarray:
+    """A picture in the middle of a white square; also where it is as thin as a line."""
+    scale = THUMBNAIL / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    square.paste(picture.resize((width, height)), ((THUMBNAIL - width) // 2, (THUMBNAIL - height) // 2))
+    return np.asarray(square)

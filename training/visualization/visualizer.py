@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.history import History, history_rows, logged_names
 from training.visualization import curves, embeddings
+from training.visualization.descriptions import Described, descriptions_figure
 from training.visualization.gallery import Gallery
 from training.visualization.style import save_figure
 
@@ -32,7 +33,7 @@ class TrainingVisualizer:
         self.save_dir = Path(save_dir)
 
     def plot_training_curves(self, history: History) -> Figure:
-        """`training_curves.png`: loss of train and val, and R@1 both ways, over steps."""
+        """`training_curves.png`: loss of train and val, and R@1 both ways or perplexity, over steps."""
         return self._save("training_curves", curves.training_curves(history_rows(history)))
 
     def plot_loss_components(self, history: History) -> Figure:
@@ -75,6 +76,10 @@ class TrainingVisualizer:
     def plot_attention_map(self, pictures: Pictures, weights: Tensor) -> Figure:
         """`attention_map.png`: pictures (S, S, 3), and the pooling's weights (N, height, width) over each."""
         return self._save("attention_map", embeddings.attention_map(pictures, weights))
+
+    def plot_descriptions(self, described: Sequence[Described]) -> Figure:
+        """`descriptions.png`: pictures with what a language model said of their embeddings."""
+        return self._save("descriptions", descriptions_figure(described))
 
     def _save(self, name: str, figure: Figure) -> Figure:
         self.save_dir.mkdir(parents=True, exist_ok=True)
