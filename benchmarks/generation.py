@@ -1,4 +1,4 @@
-"""Describing pictures with the key-value cache of the language model beside doing without, and training from kept
+"""Describing pictures with the language model's cache of keys and values beside doing without, and training from kept
 features beside passing the pictures through the vision tower in every step.
 
     python benchmarks/generation.py
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -51,18 +52,17 @@ def main() -> None:
 
     embeds = torch.nn.functional.normalize(torch.randn(PICTURES, config.sizes[0]), dim=1)
     fixed = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    taken = alternate(
-        {
-            name: partial(model.generate, image_embeds=embeds, use_cache=name == "ours", **fixed)
-            for name in ("ours", "peer")
-        }
-    )
+    ways = {
+        "ours": partial(model.generate, image_embeds=embeds, **fixed),
+        "peer": partial(say_without_cache, model, embeds),
+    }
+    taken = alternate(ways)
     report(
         f"decoding/{NEW_TOKENS} new tokens of {PICTURES} pictures",
         ours=taken["ours"],
         peer=taken["peer"],
         unit="s",
-        peer_is="the same without key-value cache",
+        peer_is="the same without cache of keys and values",
         ratio=taken["peer"] / taken["ours"],
         bound=">= 3",
         **conditions,
@@ -88,6 +88,16 @@ def main() -> None:
         answer_tokens=ANSWER,
         **conditions,
     )
+
+
+@torch.no_grad()
+def say_without_cache(model: EdgeGlassForConditionalGeneration, embeds: Tensor) -> Tensor:
+    """The likeliest tokens, each from the whole sequence; transformers itself knows no way but its cache here."""
+    ids = torch.empty(len(embeds), 0, dtype=torch.long)
+    for _ in range(NEW_TOKENS):
+        logits = model(image_embeds=embeds, input_ids=ids, logits_to_keep=1).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=2)], dim=1)
+    return ids
 
 
 if __name__ == "__main__":

@@ -23,7 +23,18 @@ sys.path.insert(0, str(ROOT))
 
 from training.environment import describe_environment  # noqa: E402
 
-BENCHMARKS = ("loss", "spectral", "cache", "big_batch", "decode", "loader", "memory", "evaluation", "startup")
+BENCHMARKS = (
+    "loss",
+    "spectral",
+    "cache",
+    "big_batch",
+    "decode",
+    "loader",
+    "memory",
+    "evaluation",
+    "generation",
+    "startup",
+)
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 PEERS = ("sentence-transformers",)

@@ -1,5 +1,6 @@
 """EdgeGlassForConditionalGeneration: a language model puts an embedding into words."""
 
+import copy
 import inspect
 import os
 import random
@@ -350,7 +351,8 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             image_embeds: Embeddings of pictures (B, D).
             text_embeds: Embeddings of captions (B, D).
             truncate_dim: Numbers of each embedding that are read, 1..D; None takes all.
-            **kwargs: As for any transformers model: `max_new_tokens`, `do_sample`, `num_beams`, ...
+            **kwargs: As for any transformers model: `max_new_tokens`, `do_sample`, `num_beams`, ... Keys and values
+                are always cached: transformers knows no other way behind embeddings.
 
         Returns:
             Ids of the new tokens (B * num_return_sequences, at most max_new_tokens), or what `generate` returns when
@@ -365,9 +367,10 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             attention_mask = None if attention_mask is None else attention_mask.expand(len(embeds), -1)
         inputs = self._inputs(embeds, truncate_dim, input_ids, attention_mask, None, pad="left")
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        self._check_length(prompt_length + (kwargs.get("max_new_tokens") or 0))
-        kwargs.setdefault("generation_config", self.generation_config)
-        return self.language_model.generate(**inputs, **kwargs)  # type: ignore[operator]
+        generation = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        kwargs = generation.update(**kwargs)  # what is no setting of it, such as a streamer
+        self._check_length(prompt_length + (generation.max_new_tokens or 0))
+        return self.language_model.generate(**inputs, generation_config=generation, **kwargs)  # type: ignore[operator]
 
     def _embeds(self, pixel_values: Tensor | None, image_embeds: Tensor | None, text_embeds: Tensor | None) -> Tensor:
         """What is to be described (B, D)."""

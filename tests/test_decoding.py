@@ -55,17 +55,55 @@ def to_the_right(prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.gather(1, order) for name, value in prompts.items()}
 
 
+def next_log_probs(decoder, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of the token behind each row (B, vocabulary), from the whole sequence, without cache; none ends it."""
+    logits = decoder(image_embeds=embeds, input_ids=ids, attention_mask=mask).logits
+    last = decoder.config.num_prefix_tokens + mask.sum(dim=1) - 1
+    log_probs = logits[torch.arange(len(ids)), last].detach().log_softmax(dim=1)
+    log_probs[:, decoder.generation_config.eos_token_id] = -torch.inf
+    return log_probs
+
+
+def say_without_cache(decoder, embeds: Tensor, prompts: dict[str, Tensor], choose, num_tokens: int) -> Tensor:
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    for _ in range(num_tokens):
+        chosen = choose(next_log_probs(decoder, embeds, ids, mask))
+        ids, mask = torch.cat([ids, chosen], dim=1), torch.cat([mask, torch.ones_like(chosen)], dim=1)
+    return ids[:, -num_tokens:]
+
+
+def search_without_cache(decoder, embeds: Tensor, prompts: dict[str, Tensor], width: int, num_tokens: int) -> Tensor:
+    """The best sequence of a row, the `width` best of which are followed at each step (1, num_tokens)."""
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    scores = torch.zeros(1)
+    for _ in range(num_tokens):
+        further = scores[:, None] + next_log_probs(decoder, embeds.expand(len(ids), -1), ids, mask)
+        scores, best = further.flatten().topk(width)
+        beam, token = best // further.shape[1], best % further.shape[1]
+        ids = torch.cat([ids[beam], token[:, None]], dim=1)
+        mask = torch.cat([mask[beam], torch.ones_like(token[:, None])], dim=1)
+    return ids[:1, -num_tokens:]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_changes_no_token(config, family: str, embeds: Tensor, prompts):
     decoder = make_decoder(config, family)
-    options = {"image_embeds": embeds, **prompts, "max_new_tokens": 24, "min_new_tokens": 24}
-    for how in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 3}):
-        found = []
-        for use_cache in (True, False):
-            torch.manual_seed(0)
-            found.append(decoder.generate(**options, **how, use_cache=use_cache))
-        assert found[0].shape == (3, 24)
-        assert torch.equal(*found)
+    options = {"max_new_tokens": 24, "min_new_tokens": 24}
+    said = decoder.generate(image_embeds=embeds, **prompts, do_sample=False, **options)
+    greedy = say_without_cache(decoder, embeds, prompts, lambda p: p.argmax(dim=1, keepdim=True), 24)
+    assert torch.equal(said, greedy)
+
+    torch.manual_seed(0)
+    said = decoder.generate(image_embeds=embeds, **prompts, do_sample=True, temperature=2.0, top_k=0, **options)
+    torch.manual_seed(0)
+    drawn = say_without_cache(decoder, embeds, prompts, lambda p: (p / 2).softmax(dim=1).multinomial(1), 24)
+    assert torch.equal(said, drawn)
+    assert not torch.equal(said, greedy)
+
+    said = decoder.generate(image_embeds=embeds, **prompts, do_sample=False, num_beams=3, **options)
+    for i in range(3):
+        row = {name: value[[i]] for name, value in prompts.items()}
+        assert torch.equal(said[[i]], search_without_cache(decoder, embeds[[i]], row, 3, 24))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

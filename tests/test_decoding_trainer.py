@@ -134,3 +134,12 @@ def test_what_a_decoder_cannot_do_is_refused_before_the_first_step(decoding_conf
         make_decoding_trainer(decoding_config, "trainer.label_smoothing_factor=0.1")
     with pytest.raises(ConfigError, match=r"the prompt takes \d+ tokens of the 252 .* \d+ are left for an answer"):
         make_decoding_trainer(decoding_config, "dataset.max_text_length=250")
+    language = decoding_config.parent / "language"
+    with pytest.raises(ConfigError, match=r"is no alignment: its config\.json tells of a model of type qwen3"):
+        make_decoding_trainer(decoding_config, f"decoding.alignment={language}")
+    with pytest.raises(ConfigError, match=r"decoding\.alignment: .* is no alignment: .*run_alignment\.py makes one"):
+        make_decoding_trainer(decoding_config, "decoding.alignment=/no/where")
+    with pytest.raises(ConfigError, match=r"language model '/no/where' cannot be loaded"):
+        make_decoding_trainer(decoding_config, "decoding.language_model=/no/where")
+    with pytest.raises(ConfigError, match=r"there is no metric 'perplexity@8'; did you mean 'perplexity'"):
+        make_decoding_trainer(decoding_config, "trainer.metric_for_best_model=perplexity@8")

@@ -13,12 +13,13 @@ import torch
 from run_decoding import decode
 from tests.commands import BIN, final_metrics, start
 from tests.decoding_runs import make_decoding_trainer, write_decoding_config
+from tests.language_models import save_tiny_language_model
 from training import caption
 from training.decoding.build import load_decoder
 from training.decoding.config import load_decoding_config
 from training.decoding.describing import Describer, embed_texts, nearest_text
 from training.decoding.scores import RETRIEVAL_SCORES, TEXT_SCORES
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 from training.signals import SignalListener
 from training.visualization import Described, load_descriptions, save_descriptions
 
@@ -174,6 +175,24 @@ def test_the_nearest_text_is_the_one_whose_embedding_is(decoding_config: Path):
     for size in (None, 16):
         for i, text in enumerate(texts):
             assert nearest_text(alignment, processor, embeds[i : i + 1], texts, size) == text
+
+
+def test_a_run_goes_on_with_its_own_settings_and_ends_alone(decoding_config: Path):
+    assert decode(load_decoding_config(decoding_config), SignalListener()) == 0
+    (decoding_config.parent / "run/final_metrics.json").unlink()
+    described_otherwise = load_decoding_config(decoding_config, ["generation.num_beams=2"])
+    assert decode(described_otherwise, SignalListener()) == 0  # which changes nothing that was trained
+    longer = "trainer.epochs=3"
+    for override, key in (
+        ("optimization.lr=0.1", "optimization.lr was 0.01 and is 0.1"),
+        ("decoding.num_prefix_tokens=3", "decoding.num_prefix_tokens was 4 and is 3"),
+        ("dataset.prompt=What?", "dataset.prompt was 'Say.' and is 'What?'"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(key)):
+            decode(load_decoding_config(decoding_config, [longer, override]), SignalListener())
+    save_tiny_language_model(decoding_config.parent / "language", "llama")
+    with pytest.raises(CheckpointError, match=r"weights of decoding\.language_model was"):
+        decode(load_decoding_config(decoding_config, [longer]), SignalListener())
 
 
 def test_two_ranks_say_what_one_does(decoding_config: Path):

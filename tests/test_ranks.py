@@ -103,7 +103,7 @@ def test_the_rank_whose_loss_is_nan_names_its_samples_on_every_rank(run_config: 
 def test_two_ranks_export_the_best_model_also_when_they_were_terminated(run_config: Path):
     folder = run_config.parent / "run"
     torchrun = (BIN / "torchrun", "--nproc_per_node", 2, "run_alignment.py", "--config", run_config)
-    command = (*torchrun, "trainer.epochs=8", "optimization.lr=0.5")
+    command = (*torchrun, "trainer.epochs=4", "optimization.lr=0.5")
     process = in_background(*command)
     wait_for(lambda: newest_checkpoint(folder) is not None)
     process.terminate()

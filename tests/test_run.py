@@ -134,15 +134,17 @@ def test_a_model_whose_embeddings_are_nan_is_one_line(saved: Path, tmp_path: Pat
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(run_config: Path):
-    whole, cut = (f"trainer.output_dir={run_config.parent}/{name}" for name in ("whole", "cut"))
-    run_alignment(run_config, whole)
+    whole, cut = (
+        load_config(run_config, [f"trainer.output_dir={run_config.parent}/{name}"]) for name in ("whole", "cut")
+    )
+    assert align(whole, SignalListener()) == 0
     folder = run_config.parent / "cut"
-    run_alignment(run_config, cut)
+    assert align(cut, SignalListener()) == 0
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "checkpoint-10")
     (folder / "final_metrics.json").unlink()
     assert (folder / "checkpoint-5").exists()
-    run_alignment(run_config, cut)
+    assert align(cut, SignalListener()) == 0
     assert final_metrics(folder) == final_metrics(run_config.parent / "whole")
     expected, resumed = (load_file(run_config.parent / name / "model/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -174,11 +176,16 @@ def test_a_val_set_of_one_pair_ends_in_one_line(run_config: Path):
     )
 
 
-def test_help_helps():
-    done = start(sys.executable, "run_alignment.py", "--help")
+@pytest.mark.parametrize("script", ["run_alignment.py", "run_decoding.py"])
+def test_help_helps(script: str):
+    done = start(sys.executable, script, "--help")
     assert "--config" in done.stdout
     assert "key=value" in done.stdout
-    assert "MODEL" in start(sys.executable, "-m", "training.evaluate", "--help").stdout.upper()
+
+
+@pytest.mark.parametrize("module", ["training.evaluate", "training.caption"])
+def test_help_of_a_module_helps(module: str):
+    assert "MODEL" in start(sys.executable, "-m", module, "--help").stdout.upper()
 
 
 WORKERS = ("trainer.epochs=2000", "trainer.dataloader_num_workers=2")

@@ -71,7 +71,8 @@ def say(model: Any, processor: Any, picture: Any, options: argparse.Namespace) -
         **inputs,
     )
     texts = processor.decode_answers(token_ids)
-    return " ".join(nearest_text(model.alignment, processor, image_embeds, texts, options.truncate_dim).split())
+    chosen = " ".join(nearest_text(model.alignment, processor, image_embeds, texts, options.truncate_dim).split())
+    return "".join(character for character in chosen if character.isprintable())  # no codes for the terminal
 
 
 def parse_options() -> argparse.Namespace:
