@@ -63,7 +63,6 @@ def decode(config: DecodingConfig, signals: SignalListener) -> int:
         processing_class=processor,
         train_dataset=datasets["train"],
         eval_dataset=datasets["val"],
-        max_text_length=config.dataset.max_text_length,
         text_noise=config.dataset.text_noise,
         generation=config.generation,
         early_stopping_patience=config.optimization.early_stopping_patience,

@@ -23,6 +23,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         tokenizer: The language model's.
         alignment_tokenizer: The alignment's, which embeds captions.
         prompt: What the bridge was trained to be asked where there is no question.
+        max_text_length: Longest answer in tokens, with the one that ends it.
 
     Raises:
         ValueError: The language model's tokenizer has neither a token for padding nor one that ends a text.
@@ -38,6 +39,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         tokenizer: Any = None,
         alignment_tokenizer: Any = None,
         prompt: str = "Describe the picture.",
+        max_text_length: int = 128,
         **kwargs: Any,
     ) -> None:
         if tokenizer is not None and tokenizer.pad_token is None:
@@ -47,7 +49,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
                 )
             tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides it
         super().__init__(image_processor, tokenizer, alignment_tokenizer, **kwargs)
-        self.prompt = prompt
+        self.prompt, self.max_text_length = prompt, max_text_length
 
     @classmethod
     def from_alignment_pretrained(
@@ -124,13 +126,12 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         ids = tokenizer(f"{prompt}\n" if prompt else "", add_special_tokens=False)["input_ids"]
         return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
-    def encode_answers(self, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    def encode_answers(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Tensor]:
         """What the language model is trained on: prompts, each with its answer.
 
         Args:
             prompts: In the words of a user (B,).
-            answers: What is to be said (B,).
-            max_length: Longest answer in tokens, with the one that ends it; longer ones are cut, and not ended.
+            answers: What is to be said (B,); longer ones than `max_text_length` are cut, and not ended.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (B, L), padded on the right; labels are -100 but for answers.
@@ -140,7 +141,7 @@ class EdgeGlassDecodingProcessor(ProcessorMixin):
         ids, labels = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             asked = self.prompt_ids(prompt)
-            said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *ended][:max_length]
+            said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *ended][: self.max_text_length]
             ids.append(asked + said)
             labels.append([IGNORED_LABEL] * len(asked) + said)
         input_ids, attention_mask = self._pad(ids, tokenizer.pad_token_id, "right")

@@ -38,7 +38,6 @@ def write_decoding_config(folder: Path, vision_dir: str, text_dir: str, **datase
             "num_prefix_tokens": 4,
         },
         "optimization": {"lr": 0.01},
-        "generation": {"max_new_tokens": 12},
         "trainer": {"output_dir": f"{folder}/run", "epochs": 2, "logging_steps": 1, "use_cpu": True},
     }
     path = folder / "decoding.yaml"
@@ -60,7 +59,6 @@ def make_decoding_trainer(path: Path, *overrides: str) -> DecodingTrainer:
         processing_class=processor,
         train_dataset=data["train"],
         eval_dataset=data["val"],
-        max_text_length=config.dataset.max_text_length,
         text_noise=config.dataset.text_noise,
         generation=config.generation,
         max_bad_fraction=config.dataset.max_bad_fraction,

@@ -374,7 +374,7 @@ def test_prompts_and_answers_go_the_way_of_the_tokenizer(parts, tmp_path: Path, 
     text = "<user>Say it.</user><assistant>" if template else "Say it.\n"
     words = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert prompt == (words if template else [tokenizer.bos_token_id, *words])
-    encoded = processor.encode_answers(["Say it.", "Say."], ["a red box", "a dot"], max_length=50)
+    encoded = processor.encode_answers(["Say it.", "Say."], ["a red box", "a dot"])
     for row, answer in enumerate(("a red box", "a dot")):
         labels = encoded["labels"][row]
         said = labels[labels != -100]
@@ -383,7 +383,8 @@ def test_prompts_and_answers_go_the_way_of_the_tokenizer(parts, tmp_path: Path, 
         assert torch.equal(encoded["input_ids"][row][labels != -100], said)
     assert encoded["input_ids"][0, : len(prompt)].tolist() == prompt
     assert (encoded["labels"][encoded["attention_mask"] == 0] == -100).all()
-    cut = processor.encode_answers(["Say it."], ["a red box"], max_length=2)
+    processor.max_text_length = 2
+    cut = processor.encode_answers(["Say it."], ["a red box"])
     assert (cut["labels"] != -100).sum() == 2
     processor.save_pretrained(tmp_path / "processor")
     loaded = EdgeGlassDecodingProcessor.from_pretrained(tmp_path / "processor")

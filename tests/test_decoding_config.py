@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from modeling_edgeglass.configuration_edgeglass import LANGUAGE_TRAININGS, EdgeGlassDecodingConfig
+from tests.commands import ROOT
 from training.config_files import save_config
 from training.decoding.config import LANGUAGE_TRAINING, load_decoding_config
 from training.errors import ConfigError
@@ -30,6 +32,20 @@ def test_defaults_are_those_of_the_model(path: Path):
         assert bridge[name] == getattr(model, name), name
     assert bridge.language_model == "Qwen/Qwen2.5-7B-Instruct"
     assert all(LANGUAGE_TRAINING[1](name) for name in LANGUAGE_TRAININGS)
+
+
+def test_the_recipe_file_says_what_the_defaults_are(path: Path):
+    recipe, defaults = load_decoding_config(ROOT / "configs/qwen_decoding.yaml"), load_decoding_config(path)
+    differing = {
+        f"{section}.{key}"
+        for section in ("dataset", "decoding", "optimization", "generation")
+        for key, value in recipe[section].items()
+        if value != defaults[section][key]
+    }
+    assert differing == {"dataset.train_parquet", "dataset.val_parquet", "decoding.alignment", "optimization.lr"}
+    stated = OmegaConf.load(ROOT / "configs/qwen_decoding.yaml")
+    assert set(stated.decoding) == set(defaults.decoding)
+    assert set(stated.generation) == set(defaults.generation)
 
 
 def test_saving_and_loading_changes_nothing(path: Path, tmp_path: Path):

@@ -62,7 +62,7 @@ def test_text_in_the_place_of_pictures_wants_none(tmp_path: Path, processor):
     pyarrow.parquet.write_table(pyarrow.table({"caption": ["a dot", "a red box"]}), tmp_path / "text.parquet")
     dataset = AnswersDataset(tmp_path / "text.parquet", EVAL, source="text")
     assert "image" not in dataset[0]
-    batch = AnswersCollator(processor, 20)([dataset[0], dataset[1]])
+    batch = AnswersCollator(processor)([dataset[0], dataset[1]])
     expected = processor.alignment_processor(text=["a dot", "a red box"])
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(batch["caption_inputs"][name], expected[name])
@@ -80,7 +80,8 @@ def test_pictures_are_not_decoded_where_captions_take_their_place(tmp_path: Path
 
 def test_a_batch_holds_what_is_asked_and_said(tmp_path: Path, processor):
     dataset = AnswersDataset(write_questions(tmp_path / "a.parquet"), EVAL, for_evaluation=True)
-    batch = AnswersCollator(processor, max_text_length=5)([dataset[i] for i in range(3)])
+    processor.max_text_length = 5
+    batch = AnswersCollator(processor)([dataset[i] for i in range(3)])
     assert batch["pixel_values"].shape == (3, 3, IMAGE_SIZE, IMAGE_SIZE)
     said = [row[row != -100] for row in batch["labels"]]
     assert [len(row) for row in said] == [5, 5, 1]  # cut, ended, and the end alone of the bad row
@@ -93,10 +94,11 @@ def test_a_batch_holds_what_is_asked_and_said(tmp_path: Path, processor):
 
 def test_a_question_that_does_not_fit_is_named(tmp_path: Path, processor):
     dataset = AnswersDataset(write_questions(tmp_path / "a.parquet"), EVAL)
+    processor.max_text_length = 5
     fits = len(processor.prompt_ids("What is it?")) + 5
-    assert AnswersCollator(processor, 5, max_text_tokens=fits)([dataset[0]])["input_ids"].shape == (1, fits)
+    assert AnswersCollator(processor, max_text_tokens=fits)([dataset[0]])["input_ids"].shape == (1, fits)
     with pytest.raises(DataError, match=rf"sample_id 0: question and answer are {fits} tokens, .* {fits - 1} behind"):
-        AnswersCollator(processor, 5, max_text_tokens=fits - 1)([dataset[0]])
+        AnswersCollator(processor, max_text_tokens=fits - 1)([dataset[0]])
 
 
 def test_the_sets_of_a_run(tmp_path: Path):

@@ -14,7 +14,7 @@ from run_decoding import decode
 from tests.commands import BIN, final_metrics, start
 from tests.decoding_runs import make_decoding_trainer, write_decoding_config
 from tests.language_models import save_tiny_language_model
-from training import caption
+from training import caption, evaluate
 from training.decoding.build import load_decoder
 from training.decoding.config import load_decoding_config
 from training.decoding.describing import Describer, embed_texts, nearest_text
@@ -46,7 +46,7 @@ def test_what_is_said_of_a_picture_depends_on_no_other(decoding_config: Path):
         image, caption_of_row = trainer.eval_dataset.pair(row)
         assert pictures.answers[row] == caption_of_row
         inputs = processor(images=image, text="Say.")
-        token_ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        token_ids = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=0)
         assert processor.decode_answers(token_ids) == [text]
     assert len(set(said.texts)) > 1
     expected = embed_texts(model.alignment, processor, said.texts)
@@ -84,7 +84,7 @@ def test_scores_are_there_at_every_size_but_in_training_samples_alone(decoding_c
 def test_a_bridge_that_has_learnt_says_what_is_right_and_of_another_picture_what_is_wrong(decoding_config: Path):
     val = decoding_config.parent / "train.parquet"
     trainer = make_decoding_trainer(decoding_config, "trainer.epochs=60", f"dataset.val_parquet={val}",
-                                    "decoding.language_training=full", "generation.max_new_tokens=24",
+                                    "decoding.language_training=full",
                                     "trainer.eval_strategy=no", "trainer.save_strategy=no")  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
@@ -114,13 +114,21 @@ def test_a_run_leaves_the_bridge_its_words_and_its_numbers(
     with pytest.raises(ConfigError, match="holds a finished run"):
         decode(config, SignalListener())
 
+    command = ["evaluate", folder / "model", decoding_config.parent / "val.parquet", "--batch-size", 4]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    evaluate.evaluate(evaluate.parse_options())
+    again = json.loads((folder / "val_metrics.json").read_text())
+    for name in [f"val/{name}{size}" for name in ("perplexity", "cider", "self_r5") for size in ("", "@16")]:
+        assert again[name] == pytest.approx(metrics[name], rel=1e-4), name
+    assert "another picture's" in capsys.readouterr().out
+
     pictures = []
     for i, row in enumerate(pyarrow.parquet.read_table(decoding_config.parent / "val.parquet").to_pylist()[:2]):
         pictures.append(decoding_config.parent / f"{i}.png")
         pictures[-1].write_bytes(row["image_bytes"])
     (decoding_config.parent / "bad.png").write_bytes(b"no picture")
     said = [item.description for item in load_descriptions(folder)]
-    command = ["caption", folder / "model", *pictures, "--max_new_tokens", 12]
+    command = ["caption", folder / "model", *pictures]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     assert caption.caption(caption.parse_options()) == 0
     assert capsys.readouterr().out.splitlines() == [

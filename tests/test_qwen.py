@@ -38,7 +38,7 @@ def test_a_prompt_is_a_turn_of_a_chat_and_the_answer_ends_one(qwen_config: Path,
     processor.save_pretrained(tmp_path / "kept")
     for each in (processor, EdgeGlassDecodingProcessor.from_pretrained(tmp_path / "kept")):
         assert each.tokenizer.decode(each.prompt_ids("Say.")) == ASKED
-        batch = each.encode_answers(["Say.", "What colour is it?"], ["a red dot", "red"], max_length=32)
+        batch = each.encode_answers(["Say.", "What colour is it?"], ["a red dot", "red"])
         for ids, labels, mask, answer in zip(
             batch["input_ids"], batch["labels"], batch["attention_mask"], ("a red dot", "red"), strict=True
         ):

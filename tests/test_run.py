@@ -93,7 +93,7 @@ def saved(vision_dir: str, text_dir: str, tmp_path: Path) -> Path:
 def evaluate_saved(model: Path, parquet: object, **options) -> list[str]:
     """`training.evaluate` in this process; the default options of the command but for those given."""
     defaults = dict.fromkeys(("output", "split", "image_column", "caption_column")) | {"max_bad_fraction": 0.05}
-    parsed = {"model": str(model), "parquet": [str(parquet)], "batch_size": 4} | defaults | options
+    parsed = {"model": str(model), "parquet": [str(parquet)], "batch_size": 4, "num_scored": 500} | defaults | options
     evaluate(argparse.Namespace(**parsed))
     return sorted(json.loads(max(model.parent.glob("*.json"), key=os.path.getmtime).read_text()))
 

@@ -31,7 +31,7 @@ def caption(options: argparse.Namespace) -> int:
     from training.decoding.build import load_decoder
     from training.images import UndecodableImageError, decode_image
 
-    for name in ("num_candidates", "max_new_tokens", "truncate_dim"):
+    for name in ("num_candidates", "truncate_dim"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: must be 1 or more, got {value}")
@@ -64,7 +64,7 @@ def say(model: Any, processor: Any, picture: Any, options: argparse.Namespace) -
     token_ids = model.generate(
         image_embeds=image_embeds,
         truncate_dim=options.truncate_dim,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=processor.max_text_length,
         do_sample=options.num_candidates > 1,
         num_return_sequences=options.num_candidates,
         pad_token_id=processor.tokenizer.pad_token_id,
@@ -84,7 +84,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompt", help="what is asked (default: what the bridge was trained with)")
     parser.add_argument("--truncate_dim", type=int, help="numbers of the embedding that are read (default: all)")
     parser.add_argument("--num_candidates", type=int, default=1, help="sentences to choose from (1: the likeliest)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="of a sentence (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of candidates (0)")
     parser.add_argument("--alignment", help="directory or id in the place of the one that the bridge names")
     parser.add_argument("--language_model", help="likewise")

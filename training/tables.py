@@ -25,15 +25,16 @@ def recall_table(metrics: Mapping[str, float], dimensions: Sequence[int], split:
     return "\n".join(lines)
 
 
-def description_table(metrics: Mapping[str, float], dimensions: Sequence[int]) -> str:
+def description_table(metrics: Mapping[str, float], dimensions: Sequence[int], split: str = "val") -> str:
     """Scores of descriptions, one row per size; then those without looking at the picture, where they were measured.
 
     Args:
         metrics: Under the logged names, such as `val/cider` and `val/cider@128`.
         dimensions: The full size first, then the Matryoshka sizes.
+        split: What the names begin with.
     """
     header = ("", *DESCRIPTION_COLUMNS)
-    rows = [header, *((name, *cells) for name, cells in description_rows(metrics, dimensions[0]))]
+    rows = [header, *((name, *cells) for name, cells in description_rows(metrics, dimensions[0], split))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([DESCRIPTION_UNITS, lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -52,10 +53,12 @@ DESCRIPTION_COLUMNS = (
 _SCORES = ("bleu4", "rouge_l", "cider", "exact_match", *(f"self_r{k}" for k in RECALL_KS))
 
 
-def description_rows(metrics: Mapping[str, float], full_dimension: int | None) -> list[tuple[str, list[str]]]:
+def description_rows(
+    metrics: Mapping[str, float], full_dimension: int | None, split: str = "val"
+) -> list[tuple[str, list[str]]]:
     """Names and cells of the rows of a table of descriptions: sizes, the largest first, then the controls."""
     sizes = sorted(
-        (int(name.partition("@")[2]) for name in metrics if name.startswith("val/perplexity@")), reverse=True
+        (int(name.partition("@")[2]) for name in metrics if name.startswith(f"{split}/perplexity@")), reverse=True
     )
     kinds = [(str(full_dimension or "full"), "", "")]
     kinds += [(str(size), "", f"@{size}") for size in sizes]
@@ -64,7 +67,7 @@ def description_rows(metrics: Mapping[str, float], full_dimension: int | None) -
     for title, prefix, suffix in kinds:
 
         def cell(name: str, scale: float = 100, prefix: str = prefix, suffix: str = suffix) -> str:
-            value = metrics.get(f"val/{prefix}{name}{suffix}")
+            value = metrics.get(f"{split}/{prefix}{name}{suffix}")
             return "" if value is None else f"{scale * value:.1f}"
 
         scores = [cell(name) for name in _SCORES]

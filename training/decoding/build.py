@@ -110,6 +110,7 @@ def build_decoding_processor(
             language_revision=bridge.language_revision,
             language_trust_remote_code=bridge.language_trust_remote_code,
             prompt=config.dataset.prompt,
+            max_text_length=config.dataset.max_text_length,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -60,7 +60,6 @@ class BridgeConfig:
 class GenerationConfig:
     """How val pictures are described in an evaluation."""
 
-    max_new_tokens: int = 64
     num_beams: int = 1  # 1: the likeliest token each time
     num_samples: int = 20  # pictures that are described and shown after every evaluation
     num_scored: int = 500  # pictures that are described and scored after training, at every size
@@ -87,7 +86,6 @@ _RULES: dict[str, Rule] = {
     "decoding.lora_rank": at_least(1),
     "decoding.lora_alpha": at_least(1),
     "decoding.lora_target_modules": _TARGETS,
-    "generation.max_new_tokens": at_least(1),
     "generation.num_beams": at_least(1),
     "generation.num_samples": at_least(0),
     "generation.num_scored": at_least(0),

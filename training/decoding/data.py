@@ -64,14 +64,11 @@ class AnswersCollator:
 
     Args:
         processor: Makes token ids of questions and answers, and of captions those that the alignment reads.
-        max_text_length: Longest answer in tokens.
         max_text_tokens: That question and answer may have together; None is no limit.
     """
 
-    def __init__(
-        self, processor: EdgeGlassDecodingProcessor, max_text_length: int, max_text_tokens: int | None = None
-    ) -> None:
-        self.processor, self.max_text_length, self.max_text_tokens = processor, max_text_length, max_text_tokens
+    def __init__(self, processor: EdgeGlassDecodingProcessor, max_text_tokens: int | None = None) -> None:
+        self.processor, self.max_text_tokens = processor, max_text_tokens
         self._collate = ImageTextCollator(processor.alignment_tokenizer)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +91,7 @@ class AnswersCollator:
             batch["image_features"] = torch.stack([item["image_features"] for item in items])
         else:
             batch["caption_inputs"] = self._collate.captions(items)
-        batch |= self.processor.encode_answers(batch["questions"], batch["answers"], self.max_text_length)
+        batch |= self.processor.encode_answers(batch["questions"], batch["answers"])
         self._check_lengths(batch)
         if "is_valid" in items[0]:
             batch["image_ids"] = torch.tensor([item["image_id"] for item in items])

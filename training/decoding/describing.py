@@ -146,7 +146,7 @@ class Describer:
     def _say(self, questions: Sequence[str], embeds: Tensor, size: int | None) -> list[str]:
         model, processor = self._model, self._processor
         prompts = processor(text=list(questions)).to(model.device)
-        longest, limit = self._generation.max_new_tokens, model.config.max_text_tokens
+        longest, limit = processor.max_text_length, model.config.max_text_tokens
         if limit is not None:
             longest = max(1, min(longest, limit - prompts["input_ids"].shape[1]))
         generation = Generation(

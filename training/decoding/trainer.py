@@ -41,7 +41,6 @@ class DecodingTrainer(PairsTrainer):
         model: The model.
         args: As `build_decoding_arguments` makes them.
         processing_class: It makes the batches; it is saved with the model.
-        max_text_length: Longest answer in tokens.
         text_noise: Length of the noise on embeddings of captions that stand for pictures, by their own (CapDec,
             arXiv:2211.00575): captions are not where pictures are, only near by.
         generation: How val pictures are described: a few after every evaluation, and more, which are scored, in one
@@ -58,7 +57,6 @@ class DecodingTrainer(PairsTrainer):
         args: TrainingArguments,
         *,
         processing_class: EdgeGlassDecodingProcessor,
-        max_text_length: int = 128,
         text_noise: float = 1.0,
         generation: GenerationConfig | None = None,
         **options: Any,
@@ -67,7 +65,7 @@ class DecodingTrainer(PairsTrainer):
             model,
             args,
             processing_class=processing_class,
-            data_collator=AnswersCollator(processing_class, max_text_length, model.config.max_text_tokens),
+            data_collator=AnswersCollator(processing_class, model.config.max_text_tokens),
             **options,
         )
         self.add_callback(DescriptionsCallback(self))
