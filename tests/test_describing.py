@@ -9,13 +9,16 @@ import numpy
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from run_decoding import decode
 from tests.commands import BIN, final_metrics, start
 from tests.decoding_runs import make_decoding_trainer, write_decoding_config
+from tests.interruptions import assert_equal_tensors
 from tests.language_models import save_tiny_language_model
 from training import caption, evaluate
-from training.decoding.build import load_decoder
+from training.decoding.build import load_decoder, save_decoder
 from training.decoding.config import load_decoding_config
 from training.decoding.describing import Describer, embed_texts, nearest_text
 from training.decoding.scores import RETRIEVAL_SCORES, TEXT_SCORES
@@ -51,6 +54,69 @@ def test_what_is_said_of_a_picture_depends_on_no_other(decoding_config: Path):
     assert len(set(said.texts)) > 1
     expected = embed_texts(model.alignment, processor, said.texts)
     torch.testing.assert_close(said.text_embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_neither_a_longer_question_beside_it_nor_settings_of_the_language_model_change_an_answer(
+    decoding_config: Path,
+):
+    path = decoding_config.parent / "val.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    asked = [row | {"question": "What " * (1 + 3 * (i % 3)), "answer": "a dot"} for i, row in enumerate(rows)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(asked), path)
+    found = []
+    for batch_size, penalty in ((6, 1.0), (6, 1.5), (1, 1.5)):
+        settings = GenerationConfig(repetition_penalty=penalty, eos_token_id=3, pad_token_id=0)
+        settings.save_pretrained(decoding_config.parent / "language")
+        trainer = make_decoding_trainer(decoding_config, f"trainer.per_device_eval_batch_size={batch_size}")
+        found.append(all_of(trainer)[1].texts)
+    assert found[0] == found[1] == found[2]
+
+
+def test_empty_texts_are_embedded_also_where_they_have_no_token(decoding_config: Path):
+    trainer = make_decoding_trainer(decoding_config)
+    alignment, processor = trainer.model.alignment.eval(), trainer.processing_class
+    processor.alignment_tokenizer.backend_tokenizer.post_processor = None  # which put a token at both ends
+    assert embed_texts(alignment, processor, ["", ""]).isfinite().all()
+    alone, beside = (embed_texts(alignment, processor, texts)[0] for texts in (["a dot"], ["a dot", "", "a box"]))
+    torch.testing.assert_close(alone, beside)
+
+
+def test_a_set_whose_samples_are_bad_is_described_nowhere_and_training_goes_on(decoding_config: Path):
+    path = decoding_config.parent / "val.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows[0]["image_bytes"] = b"no picture"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    options = ("dataset.max_bad_fraction=1", "generation.num_samples=1", "generation.num_scored=1")
+    trainer = make_decoding_trainer(decoding_config, *options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert trainer.described == []
+    assert "eval_perplexity" in metrics
+    assert not any("cider" in name for name in metrics)
+    assert {"training_curves.png", "lr_schedule.png"} <= {path.name for path in decoding_config.parent.glob("run/*")}
+    assert not (decoding_config.parent / "run/descriptions.png").exists()
+
+
+def test_of_one_picture_no_other_is_read(decoding_config: Path):
+    metrics = make_decoding_trainer(decoding_config, "generation.num_scored=1").evaluate()
+    assert "eval_cider@16" in metrics
+    assert not any("other" in name for name in metrics)
+
+
+def test_a_whole_decoder_is_loaded_and_keeps_its_parts(decoding_config: Path):
+    trainer = make_decoding_trainer(decoding_config, "decoding.language_training=full")
+    folder = decoding_config.parent / "model"
+    save_decoder(trainer.model, folder)
+    trainer.processing_class.save_pretrained(folder)
+    model, _ = load_decoder(str(folder))
+    assert_equal_tensors(model.state_dict(), trainer.model.state_dict())
+    with pytest.raises(ConfigError, match="it is whole, and its parts cannot be exchanged: leave alignment out"):
+        load_decoder(str(folder), alignment="another", language_model=None)
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "bridge.up" not in name}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"it lacks 2 weights, such as bridge\.up"):
+        load_decoder(str(folder))
 
 
 def test_pictures_are_spread_over_the_set_and_bad_ones_left_out(decoding_config: Path):

@@ -61,11 +61,26 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-@pytest.mark.parametrize("num_pictures", [2, 3, 50])
-def test_an_exchange_gives_every_picture_the_embedding_of_another(num_pictures: int):
-    others = exchange(num_pictures, seed=1)
-    assert sorted(others.tolist()) == list(range(num_pictures))
-    assert not (others == torch.arange(num_pictures)).any()
+@pytest.mark.parametrize("ids", [[7, 5], [1, 2, 3], [4, 4, 4, 9], [*range(30), *range(20)]])
+def test_an_exchange_gives_every_picture_the_embedding_of_an_unequal_one(ids: list[int]):
+    image_ids = torch.tensor(ids)
+    others = exchange(image_ids, seed=1)
+    assert (image_ids[others] != image_ids).all()
+    assert set(image_ids[others].tolist()) == set(ids)  # each is somebody's
+    assert torch.equal(others, exchange(image_ids, seed=1))
+
+
+def test_an_exact_match_is_the_same_text_but_for_case_spaces_and_punctuation_at_the_ends():
+    right = [("Two.", "two"), (" a  red dot", "A red dot!"), ("C++", "c++"), ("-5", "-5")]
+    wrong = [("", "🙂"), ("5", "-5"), ("C", "C++"), ("a red dot", "a reddot"), ("", "")]
+    for pairs, share in ((right, 1.0), (wrong, 0.0)):
+        said, answers = zip(*pairs, strict=True)
+        assert score_texts(said, answers, seed=0)["exact_match"] == share
+
+
+def test_answers_without_a_word_have_no_words_in_common():
+    scores = score_texts(["🙂", "a dot"], ["🙂", "!"], seed=0)
+    assert scores == dict.fromkeys(TEXT_SCORES, 0.0) | {"exact_match": 0.5}
 
 
 def test_self_retrieval_counts_the_pictures_that_their_description_finds():

@@ -18,7 +18,16 @@ from transformers import (
 from training.data import PixmoParquetImageTextDataset
 from training.history import HistoryFiles, history_rows, logged_names
 from training.retrieval import EncodedPairs
-from training.visualization import draw_run, remove_sample, sample_evaluation, save_descriptions, save_sample
+from training.visualization import (
+    Described,
+    draw_run,
+    remove_descriptions,
+    remove_sample,
+    sample_evaluation,
+    save_descriptions,
+    save_sample,
+)
+from training.visualization.style import thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -204,9 +213,17 @@ class DescriptionsCallback(FiguresCallback):
     """The figures of a `DecodingTrainer`, which keeps what it said of a few pictures last."""
 
     def is_shown(self) -> bool:
-        """There is something."""
-        return bool(self._trainer.described)
+        """Of the trainer's own set."""
+        return self._trainer.evaluated is self._trainer.eval_dataset
 
     def keep(self, metrics: dict[str, float], output_dir: str, step: int) -> None:
         """Pictures with what was said of them."""
-        save_descriptions(self._trainer.described, output_dir)
+        remove_descriptions(output_dir)  # old ones would look like this evaluation's
+        dataset: PixmoParquetImageTextDataset = self._trainer.evaluated
+        described = self._trainer.described
+        if described:
+            pictures = (thumbnail(dataset.pair(row)[0]) for row, *_ in described)
+            save_descriptions(
+                [Described(picture, *words) for picture, (_, *words) in zip(pictures, described, strict=True)],
+                output_dir,
+            )

@@ -35,8 +35,8 @@ def caption(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: must be 1 or more, got {value}")
-    loading = {"alignment": options.alignment, "language_model": options.language_model}
-    model, processor = load_decoder(options.model, **loading, load_in_4bit=options.load_in_4bit)
+    loading = ("alignment", "language_model", "load_in_4bit", "language_trust_remote_code")
+    model, processor = load_decoder(options.model, **{name: getattr(options, name) for name in loading})
     full = model.config.sizes[0]
     if options.truncate_dim is not None and options.truncate_dim > full:
         raise ConfigError(f"--truncate_dim: embeddings have {full} numbers, got {options.truncate_dim}")
@@ -51,28 +51,22 @@ def caption(options: argparse.Namespace) -> int:
             status = 1
             continue
         set_seed(options.seed)  # what is said of a picture does not depend on those before it
-        print(f"{path}: {say(model, processor, picture, options)}", flush=True)
+        print(f"{path}: {one_line(model, processor, picture, options)}", flush=True)
     return status
 
 
-def say(model: Any, processor: Any, picture: Any, options: argparse.Namespace) -> str:
-    """One line about a picture."""
-    from training.decoding.describing import nearest_text
+def one_line(model: Any, processor: Any, picture: Any, options: argparse.Namespace) -> str:
+    """What is on a picture, in one line without control codes, which a terminal would obey."""
+    from training.decoding.describing import nearest_text, say
 
-    inputs = processor(images=picture, text=options.prompt or processor.prompt).to(model.device)
-    image_embeds = model.alignment.get_image_features(inputs.pop("pixel_values"))
-    token_ids = model.generate(
-        image_embeds=image_embeds,
-        truncate_dim=options.truncate_dim,
-        max_new_tokens=processor.max_text_length,
-        do_sample=options.num_candidates > 1,
-        num_return_sequences=options.num_candidates,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        **inputs,
-    )
-    texts = processor.decode_answers(token_ids)
-    chosen = " ".join(nearest_text(model.alignment, processor, image_embeds, texts, options.truncate_dim).split())
-    return "".join(character for character in chosen if character.isprintable())  # no codes for the terminal
+    prompt = processor.prompt if options.prompt is None else options.prompt
+    pixel_values = processor(images=picture)["pixel_values"].to(model.device)
+    image_embeds = model.alignment.get_image_features(pixel_values)
+    size = options.truncate_dim
+    texts = say(model, processor, [prompt], image_embeds, size, num_candidates=options.num_candidates)
+    if len(texts) > 1:
+        texts = [nearest_text(model.alignment, processor, image_embeds, texts, size)]
+    return "".join(character for character in " ".join(texts[0].split()) if character.isprintable())
 
 
 def parse_options() -> argparse.Namespace:
@@ -87,6 +81,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of candidates (0)")
     parser.add_argument("--alignment", help="directory or id in the place of the one that the bridge names")
     parser.add_argument("--language_model", help="likewise")
+    parser.add_argument("--language_trust_remote_code", action="store_true", help="run code that comes with it")
     parser.add_argument("--load_in_4bit", action="store_true", help="keep the language model in 4 bits, on a GPU")
     return parser.parse_args()
 

@@ -125,6 +125,7 @@ def make_decoding_trainer(options: argparse.Namespace, args: Any) -> tuple[Any, 
         processing_class=processor,
         eval_dataset=dataset,
         generation=GenerationConfig(num_samples=0, num_scored=options.num_scored),
+        visualize=False,
         max_bad_fraction=options.max_bad_fraction,
     )
     return trainer, lambda metrics, split: description_table(metrics, model.config.sizes, split)

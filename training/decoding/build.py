@@ -149,9 +149,14 @@ def load_decoder(
             raise ValueError(f"its config.json tells of a model of type {kind}, or is not there")
         processor: Any = EdgeGlassDecodingProcessor.from_pretrained(name_or_path)
         if (Path(name_or_path) / BRIDGE_FILE).is_file():
-            model = EdgeGlassForConditionalGeneration.from_bridge_pretrained(name_or_path, **loading)
+            model: Any = EdgeGlassForConditionalGeneration.from_bridge_pretrained(name_or_path, **loading)
+        elif given := [name for name, value in loading.items() if value]:
+            raise ValueError(f"it is whole, and its parts cannot be exchanged: leave {', '.join(given)} out")
         else:
-            model = EdgeGlassForConditionalGeneration.from_pretrained(name_or_path)
+            loaded: Any = EdgeGlassForConditionalGeneration.from_pretrained(name_or_path, output_loading_info=True)
+            model, report = loaded
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{name_or_path}: no decoder: {str(error).strip().splitlines()[0]}") from error
     return model.eval(), processor

@@ -42,7 +42,8 @@ def score_texts(texts: Sequence[str], answers: Sequence[str], seed: int) -> dict
         seed: Of the bootstrap.
 
     Returns:
-        `bleu4` (Papineni et al. 2002, of the whole set), `rouge_l` (Lin 2004) and `exact_match`, means in 0..1;
+        `bleu4` (Papineni et al. 2002, of the whole set; next to nothing where answers have less than four words),
+        `rouge_l` (Lin 2004) and `exact_match` (but for case and punctuation at the ends), means in 0..1;
         `cider` (arXiv:1411.5726), a mean in 0..10, whose inverse document frequencies are those of `answers`;
         `cider_low` and `cider_high`, ends of its 95 % interval by bootstrap over the pairs.
     """
@@ -50,26 +51,34 @@ def score_texts(texts: Sequence[str], answers: Sequence[str], seed: int) -> dict
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    said, true = ([" ".join(words(text)) for text in column] for column in (texts, answers))
-    results = {i: [text] for i, text in enumerate(said)}
-    references = {i: [text] for i, text in enumerate(true)}
+    matches = [bare(text) == bare(answer) != "" for text, answer in zip(texts, answers, strict=True)]
+    scores = dict.fromkeys(TEXT_SCORES, 0.0) | {"exact_match": sum(matches) / len(matches)}
+    results, references = (
+        {i: [" ".join(words(text))] for i, text in enumerate(column)} for column in (texts, answers)
+    )
+    if not any(text for (text,) in references.values()):  # answers in emoji alone, which have no words to count
+        return scores
     bleu, _ = Bleu(4).compute_score(references, results, verbose=0)
     rouge, _ = Rouge().compute_score(references, results)
     cider, each = Cider().compute_score(references, results)
     low, high = bootstrap_interval(numpy.asarray(each), seed)
-    return {
+    return scores | {
         "bleu4": float(bleu[3]),
         "rouge_l": float(rouge),
         "cider": float(cider),
         "cider_low": low,
         "cider_high": high,
-        "exact_match": sum(a == b for a, b in zip(said, true, strict=True)) / len(said),
     }
 
 
 def words(text: str) -> list[str]:
     """Runs of letters and digits, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
+
+
+def bare(text: str) -> str:
+    """Without case, spare spaces, and punctuation at its ends."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
 
 
 def bootstrap_interval(values: numpy.ndarray, seed: int) -> tuple[float, float]:
@@ -92,9 +101,17 @@ def score_self_retrieval(text_embeds: Tensor, image_embeds: Tensor, image_ids: T
     return {f"self_r{k}": (ranks <= k).double().mean().item() for k in RECALL_KS}
 
 
-def exchange(num_pictures: int, seed: int) -> Tensor:
-    """For each picture the number of another one (N,), which is never its own."""
-    order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(seed))
+def exchange(image_ids: Tensor, seed: int) -> Tensor:
+    """For each picture the number of another one (N,), which is never an equal one.
+
+    Args:
+        image_ids: Equal for equal pictures (N,), two different ones at least.
+        seed: Of the draw.
+    """
+    distinct, places = image_ids.unique(return_inverse=True)
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
     others = torch.empty_like(order)
     others[order] = order.roll(1)
-    return others
+    first = torch.empty_like(order)
+    first[places.flip(0)] = torch.arange(len(image_ids)).flip(0)
+    return first[others[places]]

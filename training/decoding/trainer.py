@@ -21,12 +21,10 @@ from training.callbacks import DescriptionsCallback
 from training.decoding.config import GenerationConfig
 from training.decoding.data import AnswersCollator, AnswersDataset, embed
 from training.decoding.describing import Describer
-from training.errors import DataError
+from training.errors import DataError, told_by_each_rank
 from training.pairs_trainer import PairsTrainer
 from training.results import save_metrics
 from training.tracking import name_as_we_do
-from training.visualization import Described
-from training.visualization.style import thumbnail
 
 UNTRAINED_METRICS = "untrained_metrics.json"
 
@@ -45,10 +43,12 @@ class DecodingTrainer(PairsTrainer):
             arXiv:2211.00575): captions are not where pictures are, only near by.
         generation: How val pictures are described: a few after every evaluation, and more, which are scored, in one
             that is no part of training; None describes nothing.
+        visualize: Draw figures and the report into the output directory after every evaluation.
         **options: As for `PairsTrainer`: the data sets, early stopping, callbacks, what a run goes on from.
 
     Attributes:
-        described: What was said of a few pictures in the last evaluation, on rank 0; empty before, and elsewhere.
+        evaluated: The set of the last evaluation.
+        described: Of a few of its pictures row, question, right answer, and what was said.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class DecodingTrainer(PairsTrainer):
         processing_class: EdgeGlassDecodingProcessor,
         text_noise: float = 1.0,
         generation: GenerationConfig | None = None,
+        visualize: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -68,10 +69,12 @@ class DecodingTrainer(PairsTrainer):
             data_collator=AnswersCollator(processing_class, model.config.max_text_tokens),
             **options,
         )
-        self.add_callback(DescriptionsCallback(self))
+        if visualize:
+            self.add_callback(DescriptionsCallback(self))
         name_as_we_do(self)  # behind the figures, which they send
         self.text_noise, self.generation = text_noise, generation or GenerationConfig(num_samples=0, num_scored=0)
-        self.described: list[Described] = []
+        self.evaluated: Any = None
+        self.described: list[tuple[int, str, str, str]] = []
         self._untrained: dict[str, float] = {}
         self._loss_shifts_labels = False  # the prefix stands before the first label, which is predicted too
 
@@ -84,7 +87,8 @@ class DecodingTrainer(PairsTrainer):
     ) -> Any:
         """The loss of a batch's answers, by the number of answer tokens in all batches of the step."""
         self._bad_samples.record(inputs["bad_samples"])
-        embeds = embed(self._model.alignment, inputs)
+        with self.accelerator.autocast():
+            embeds = embed(self._model.alignment, inputs)
         if "caption_inputs" in inputs:
             embeds = with_noise(embeds, self.text_noise)
         taken = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -114,8 +118,8 @@ class DecodingTrainer(PairsTrainer):
         for size, mean in zip(sizes, means.tolist(), strict=True):
             metrics["perplexity" if size == sizes[0] else f"perplexity@{size}"] = math.exp(min(mean, 700.0))
         dataset: Any = dataloader.dataset
-        if dataset is self.eval_dataset and self.generation.num_samples:
-            self.described = self._describe_samples(dataset)
+        self.evaluated = dataset
+        self.described = self._describe_samples(dataset) if self.generation.num_samples else []
         if self.generation.num_scored and not self.is_in_train:
             metrics |= self.score_descriptions(dataset)
         return EvalLoopOutput(
@@ -135,11 +139,12 @@ class DecodingTrainer(PairsTrainer):
 
         Returns:
             `cider` and the other scores, `cider@d` of embeddings of d numbers, and `other_cider` of the model that
-            reads the embedding of another picture.
+            reads the embedding of another picture, where there is one; nothing where all pictures are bad.
         """
         self._model.eval()
         describer = Describer(self, dataset, self.generation.num_scored, self.generation)
-        pictures = describer.embed()
+        if (pictures := describer.embed()) is None:
+            return {}
         full, *sizes = self._model.config.sizes
         scores = describer.score(pictures, title=f"describe {full}")
         if full_size_alone:
@@ -147,8 +152,10 @@ class DecodingTrainer(PairsTrainer):
         for size in sizes:
             found = describer.score(pictures, size, title=f"describe {size}")
             scores |= {f"{name}@{size}": value for name, value in found.items()}
-        other = describer.score(pictures, exchanged=True, title="describe another picture")
-        return scores | {f"other_{name}": value for name, value in other.items()} | self._untrained
+        if len(pictures.image_ids.unique()) > 1:
+            found = describer.score(pictures, exchanged=True, title="describe another picture")
+            scores |= {f"other_{name}": value for name, value in found.items()}
+        return scores | (self._untrained if dataset is self.eval_dataset else {})
 
     def score_untrained(self, *, is_resumed: bool) -> None:
         """Score the model before its first step; a run that goes on has this from its first session.
@@ -159,22 +166,24 @@ class DecodingTrainer(PairsTrainer):
         path = Path(str(self.args.output_dir)) / UNTRAINED_METRICS
         if not self.generation.num_scored or not isinstance(self.eval_dataset, AnswersDataset):
             return
+        how = {"num_scored": self.generation.num_scored, "num_beams": self.generation.num_beams}
         if not is_resumed:
-            scores = self.score_descriptions(self.eval_dataset, full_size_alone=True)
+            with told_by_each_rank():
+                scores = self.score_descriptions(self.eval_dataset, full_size_alone=True)
             self._untrained = {f"untrained_{name}": value for name, value in scores.items()}
             if self.args.should_save:
-                save_metrics(self._untrained, path)
+                save_metrics(how | self._untrained, path)
         elif path.exists():
-            self._untrained = json.loads(path.read_text())
+            kept = json.loads(path.read_text())
+            if {name: kept.pop(name, None) for name in how} == how:  # or they are of other pictures
+                self._untrained = kept
 
-    def _describe_samples(self, dataset: Any) -> list[Described]:
+    def _describe_samples(self, dataset: AnswersDataset) -> list[tuple[int, str, str, str]]:
         describer = Describer(self, dataset, self.generation.num_samples, self.generation)
-        pictures = describer.embed()
-        texts = describer.describe(pictures).texts
-        if not self.is_world_process_zero():
+        if (pictures := describer.embed()) is None:
             return []
-        asked = zip(pictures.rows, pictures.questions, pictures.answers, texts, strict=True)
-        return [Described(thumbnail(dataset.pair(row)[0]), *words) for row, *words in asked]
+        texts = describer.describe(pictures).texts
+        return list(zip(pictures.rows, pictures.questions, pictures.answers, texts, strict=True))
 
     def _measure(self, batch: dict[str, Any], sizes: list[int]) -> tuple[Tensor, ...]:
         """Of every row from every rank: -log of the probability of its answer (B, sizes), its tokens, is it good."""

@@ -1,6 +1,6 @@
 """Pictures of a run: `TrainingVisualizer`, and `python -m training.visualization OUTPUT_DIR`."""
 
-from training.visualization.descriptions import Described, load_descriptions, save_descriptions
+from training.visualization.descriptions import Described, load_descriptions, remove_descriptions, save_descriptions
 from training.visualization.draw import draw_run
 from training.visualization.gallery import Gallery, find_nearest
 from training.visualization.overview import caption_lengths, model_parts, pairs_grid
@@ -19,6 +19,7 @@ __all__ = [
     "load_sample",
     "model_parts",
     "pairs_grid",
+    "remove_descriptions",
     "remove_sample",
     "sample_evaluation",
     "save_descriptions",

@@ -57,7 +57,7 @@ def _draw_perplexity(axes: Axes, rows: Sequence[Row]) -> None:
 
 def loss_components(rows: Sequence[Row]) -> Figure:
     """CLIP loss, Matryoshka loss and their weighted sum over steps, of train and of val."""
-    require(rows, "train/loss", "val/loss")
+    require(rows, "train/loss_clip", "val/loss_clip")
     figure = new_figure(10, 4)
     for axes, split, title in zip(
         figure.subplots(1, 2, sharey=True),

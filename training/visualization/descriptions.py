@@ -45,6 +45,12 @@ def save_descriptions(described: Sequence[Described], output_dir: str | os.PathL
     aside.replace(path)
 
 
+def remove_descriptions(output_dir: str | os.PathLike[str]) -> None:
+    """Forget those of the evaluation before, and their figure."""
+    for name in (DESCRIPTIONS_FILE, "descriptions.png"):
+        (Path(output_dir) / name).unlink(missing_ok=True)
+
+
 def load_descriptions(output_dir: str | os.PathLike[str]) -> list[Described]:
     """Those of a run's last evaluation; none where it has no file of them.
 
