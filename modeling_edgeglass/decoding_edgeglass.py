@@ -11,54 +11,26 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .bridge import Bridge
 from .configuration_edgeglass import EdgeGlassDecodingConfig, refuse_unknown_fields
-from .language_models import IGNORED_LABEL, add_adapters, build_language_model, load_language_model
+from .language_models import (
+    IGNORED_LABEL,
+    add_adapters,
+    build_language_model,
+    load_language_model,
+    num_predicting,
+)
 from .matryoshka import truncate_embeds
 from .modeling_edgeglass import EdgeGlassModel, EdgeGlassPreTrainedModel
 
 BRIDGE_FILE = "bridge.safetensors"
 
 _CHUNK = 4096  # tokens of a vocabulary that are looked at together
-
-
-def num_predicting(labels: Tensor) -> int:
-    """How many of the last positions predict a label (B, L) or follow one that does; 1 or more.
-
-    What predicts a label stands one before it.
-    """
-    labelled = (labels != IGNORED_LABEL).any(dim=0).nonzero()
-    return labels.shape[1] - max(0, int(labelled[0]) - 1) if len(labelled) else 1
-
-
-class Bridge(nn.Module):
-    """Soft tokens of an embedding: LayerNorm, then two linear layers with GELU between.
-
-    The mapping network of ClipCap (arXiv:2111.09734) with the layers of LLaVA-1.5 (arXiv:2310.03744).
-
-    Args:
-        embed_dim: Size D of an embedding.
-        hidden_size: Width H of the language model's tokens.
-        num_prefix_tokens: Soft tokens P.
-    """
-
-    token_scale: Tensor
-
-    def __init__(self, embed_dim: int, hidden_size: int, num_prefix_tokens: int) -> None:
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.norm = nn.LayerNorm(embed_dim)
-        self.up = nn.Linear(embed_dim, hidden_size)
-        self.down = nn.Linear(hidden_size, num_prefix_tokens * hidden_size)
-        self.register_buffer("token_scale", torch.ones(()))
-
-    def forward(self, embeds: Tensor) -> Tensor:
-        """Embeddings (B, D) to soft tokens (B, P, H), as long as the language model's own to begin with."""
-        tokens = self.down(F.gelu(self.up(self.norm(embeds.to(self.norm.weight.dtype)))))
-        return tokens.unflatten(1, (self.num_prefix_tokens, -1)) * self.token_scale
 
 
 class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixin):
@@ -370,6 +342,11 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         generation = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
         kwargs = generation.update(**kwargs)  # what is no setting of it, such as a streamer
         self._check_length(prompt_length + (generation.max_new_tokens or 0))
+        if (generation.repetition_penalty or 1.0) != 1.0:
+            # transformers' own spares as many new tokens as a prompt has padding: behind embeddings it sees no others.
+            penalty = RepetitionPenaltyLogitsProcessor(generation.repetition_penalty)
+            kwargs["logits_processor"] = LogitsProcessorList([penalty, *(kwargs.get("logits_processor") or [])])
+            generation.repetition_penalty = 1.0
         return self.language_model.generate(**inputs, generation_config=generation, **kwargs)  # type: ignore[operator]
 
     def _embeds(self, pixel_values: Tensor | None, image_embeds: Tensor | None, text_embeds: Tensor | None) -> Tensor:

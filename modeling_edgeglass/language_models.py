@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_edgeglass import EdgeGlassDecodingConfig
@@ -72,6 +72,15 @@ def add_adapters(model: nn.Module, config: EdgeGlassDecodingConfig) -> None:
     )
     inject_adapter_in_model(lora, model)
     cast_adapter_dtype(model, "default")
+
+
+def num_predicting(labels: Tensor) -> int:
+    """How many of the last positions predict a label (B, L) or follow one that does; 1 or more.
+
+    What predicts a label stands one before it.
+    """
+    labelled = (labels != IGNORED_LABEL).any(dim=0).nonzero()
+    return labels.shape[1] - max(0, int(labelled[0]) - 1) if len(labelled) else 1
 
 
 def _four_bits() -> Any:

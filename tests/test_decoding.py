@@ -106,9 +106,13 @@ def test_the_cache_changes_no_token(config, family: str, embeds: Tensor, prompts
         assert torch.equal(said[[i]], search_without_cache(decoder, embeds[[i]], row, 3, 24))
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_differing_prompts_says_what_each_alone_does(config, family: str, embeds: Tensor, prompts):
+def test_a_batch_of_differing_prompts_says_what_each_alone_does(
+    config, family: str, penalty: float, embeds: Tensor, prompts
+):
     decoder = make_decoder(config, family)
+    decoder.generation_config.repetition_penalty = penalty  # as Qwen2.5-Instruct has one
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     together = decoder.generate(image_embeds=embeds, **prompts, **options)
     assert torch.equal(decoder.generate(image_embeds=embeds, **to_the_right(prompts), **options), together)

@@ -15,8 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_edgeglass import EdgeGlassDecodingProcessor, EdgeGlassForConditionalGeneration
-from modeling_edgeglass.decoding_edgeglass import num_predicting
-from modeling_edgeglass.language_models import IGNORED_LABEL
+from modeling_edgeglass.language_models import IGNORED_LABEL, num_predicting
 from training.callbacks import DescriptionsCallback
 from training.decoding.config import GenerationConfig
 from training.decoding.data import AnswersCollator, AnswersDataset, embed
