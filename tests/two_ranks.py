@@ -16,6 +16,7 @@ from tests.interruptions import EVERY_THIRD_STEP, TRAINED, AtStep, copies, poiso
 from tests.runs import make_trainer
 from training.checkpoints import newest_checkpoint
 from training.errors import SickTrainingError
+from training.run import leave
 from training.trainer import AlignmentTrainer
 
 STEP = 4  # of six, an epoch being two; saves are after the third and the last
@@ -29,7 +30,7 @@ def main() -> None:
     left = output_dir / f"left-{rank}.pt"
     if mode == "start":
         torch.save(trainer.trained_state_dict(), left)
-        trainer.accelerator.end_training()
+        leave(trainer)
         return
     if rank == 1 and mode in ("terminated", "killed"):
         number = {"terminated": signal.SIGTERM, "killed": signal.SIGKILL}[mode]
@@ -45,7 +46,7 @@ def main() -> None:
     if mode in ("whole", "terminated"):
         assert trainer.preempted == (mode == "terminated")
         torch.save(what_is_left(trainer), left)
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 def statistics_around_evaluation(trainer: AlignmentTrainer) -> list[dict[str, torch.Tensor]]:

@@ -33,6 +33,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from training.cpu import prepare_cpu
     from training.history import logged_names
     from training.results import save_metrics
+    from training.run import leave
 
     if options.batch_size < 2:
         raise ConfigError(f"--batch-size: a loss needs two pairs or more, got {options.batch_size}")
@@ -66,7 +67,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(describe(metrics, split))
         save_metrics(metrics, output)
         print(f"metrics: {output}")
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 def make_alignment_trainer(options: argparse.Namespace, args: Any) -> tuple[Any, Callable[..., str]]:

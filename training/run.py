@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 
 from training.errors import UserError
 from training.signals import Interrupted, SignalListener
+
+_SETTLING = 0.2  # seconds; a thread that waits for the interpreter takes microseconds
 
 
 def run_command(
@@ -103,6 +106,7 @@ def train_to_the_end(
         if args.should_save:
             mark_preempted(output_dir, trainer.state.global_step)
         print(f"stopped by a signal {when}")
+        leave(trainer)
         return PREEMPTED_STATUS
 
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
@@ -130,5 +134,17 @@ def train_to_the_end(
             write_report(output_dir, full_dimension)
         except (UserError, OSError, ValueError) as error:
             print(f"report.html could not be written: {error}")
-    trainer.accelerator.end_training()
+    leave(trainer)
     return 0
+
+
+def leave(trainer: Any) -> None:
+    """Leave the group of processes, the last thing that a process does.
+
+    A thread of gloo lets go of the tensors of a collective a little after it, and wants the interpreter for that. If the
+    interpreter has begun to end by then, the thread ends the process with an abort ("terminate called without an active
+    exception").
+    """
+    trainer.accelerator.end_training()
+    if trainer.args.world_size > 1:
+        time.sleep(_SETTLING)
