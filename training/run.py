@@ -141,9 +141,9 @@ def train_to_the_end(
 def leave(trainer: Any) -> None:
     """Leave the group of processes, the last thing that a process does.
 
-    A thread of gloo lets go of the tensors of a collective a little after it, and wants the interpreter for that. If the
-    interpreter has begun to end by then, the thread ends the process with an abort ("terminate called without an active
-    exception").
+    A thread of gloo lets go of the tensors of a collective a little after it, and wants the interpreter for that. If
+    the interpreter has begun to end by then, the thread ends the process with an abort ("terminate called without an
+    active exception").
     """
     trainer.accelerator.end_training()
     if trainer.args.world_size > 1:
