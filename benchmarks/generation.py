@@ -25,7 +25,7 @@ from modeling_edgeglass import (  # noqa: E402
     EdgeGlassModel,
 )
 
-NEW_TOKENS, PICTURES, PREFIX = 64, 4, 16
+NEW_TOKENS, PICTURES, PREFIX = 64, 8, 16
 STEP_PICTURES, ANSWER = 32, 8
 THREADS = 2
 GEMMA = {

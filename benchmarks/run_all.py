@@ -2,7 +2,7 @@
 
     make bench
 
-Some twenty minutes on two cores, which want to be idle otherwise. Names of benchmarks run those alone and print:
+Some twenty-five minutes on two cores, which want to be idle otherwise. Names of benchmarks run those alone and print:
 
     python benchmarks/run_all.py loss decode
 """
