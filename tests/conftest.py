@@ -18,7 +18,8 @@ import transformers
 import yaml
 from PIL import Image
 
-from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel
+from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcessor
+from tests.language_models import save_tiny_language_model
 from tests.towers import IMAGE_SIZE, TINY, save_tiny_text_tower, save_tiny_vision_tower
 
 transformers.logging.disable_progress_bar()
@@ -72,6 +73,14 @@ def batch() -> dict[str, torch.Tensor]:
         "input_ids": torch.randint(1, 99, (6, 10), generator=generator) * attention_mask,
         "attention_mask": attention_mask.long(),
     }
+
+
+@pytest.fixture
+def parts(model: EdgeGlassModel, text_dir: str, vision_dir: str, tmp_path: Path) -> tuple[str, str]:
+    """A saved alignment and a saved language model."""
+    model.save_pretrained(tmp_path / "alignment")
+    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path / "alignment")
+    return str(tmp_path / "alignment"), save_tiny_language_model(tmp_path / "language")
 
 
 def picture(caption: str, size: int = 24) -> bytes:

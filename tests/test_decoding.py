@@ -12,14 +12,11 @@ from torch import Tensor
 from modeling_edgeglass import (
     EdgeGlassConfig,
     EdgeGlassDecodingConfig,
-    EdgeGlassDecodingProcessor,
     EdgeGlassForConditionalGeneration,
-    EdgeGlassModel,
-    EdgeGlassProcessor,
     truncate_embeds,
 )
 from modeling_edgeglass.decoding_edgeglass import BRIDGE_FILE
-from tests.language_models import FAMILIES, save_tiny_language_model, tiny_language_config
+from tests.language_models import FAMILIES, tiny_language_config
 
 LENGTHS = (6, 4, 3)  # of the prompts
 
@@ -266,14 +263,6 @@ def randomise(decoder: EdgeGlassForConditionalGeneration) -> None:
             torch.nn.init.normal_(value, std=0.1)
 
 
-@pytest.fixture
-def parts(model: EdgeGlassModel, text_dir: str, vision_dir: str, tmp_path: Path) -> tuple[str, str]:
-    """A saved alignment and a saved language model."""
-    model.save_pretrained(tmp_path / "alignment")
-    EdgeGlassProcessor.from_vision_text_pretrained(vision_dir, text_dir).save_pretrained(tmp_path / "alignment")
-    return str(tmp_path / "alignment"), save_tiny_language_model(tmp_path / "language")
-
-
 @pytest.mark.parametrize("training", ["frozen", "lora"])
 def test_a_bridge_alone_finds_its_two_ends_again(parts, embeds: Tensor, prompts, tmp_path: Path, training: str):
     decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts, language_training=training).eval()
@@ -364,62 +353,3 @@ def test_the_loss_is_a_mean_over_the_tokens_of_all_micro_batches(decoder, embeds
         for rows in (slice(0, 1), slice(1, 3))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
-
-
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
-
-
-@pytest.mark.parametrize("template", [None, CHAT])
-def test_prompts_and_answers_go_the_way_of_the_tokenizer(parts, tmp_path: Path, template: str | None):
-    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
-    tokenizer = processor.tokenizer
-    tokenizer.chat_template = template
-    prompt = processor.prompt_ids("Say it.")
-    text = "<user>Say it.</user><assistant>" if template else "Say it.\n"
-    words = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert prompt == (words if template else [tokenizer.bos_token_id, *words])
-    encoded = processor.encode_answers(["Say it.", "Say."], ["a red box", "a dot"])
-    for row, answer in enumerate(("a red box", "a dot")):
-        labels = encoded["labels"][row]
-        said = labels[labels != -100]
-        assert said[-1] == tokenizer.eos_token_id
-        assert said[:-1].tolist() == tokenizer(answer, add_special_tokens=False)["input_ids"]
-        assert torch.equal(encoded["input_ids"][row][labels != -100], said)
-    assert encoded["input_ids"][0, : len(prompt)].tolist() == prompt
-    assert (encoded["labels"][encoded["attention_mask"] == 0] == -100).all()
-    processor.max_text_length = 2
-    cut = processor.encode_answers(["Say it."], ["a red box"])
-    assert (cut["labels"] != -100).sum() == 2
-    processor.save_pretrained(tmp_path / "processor")
-    loaded = EdgeGlassDecodingProcessor.from_pretrained(tmp_path / "processor")
-    assert loaded.prompt_ids("Say it.") == prompt
-    captions = ["a red box", "two"]
-    for ours, theirs in zip(
-        processor.alignment_processor(text=captions).values(),
-        loaded.alignment_processor(text=captions).values(),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
-
-
-def test_a_processor_makes_what_generate_takes(parts):
-    from PIL import Image
-
-    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
-    decoder = EdgeGlassForConditionalGeneration.from_alignment_pretrained(*parts).eval()
-    images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
-    inputs = processor(images=images, text=["Say it.", "What is this?"])
-    said = processor.decode_answers(decoder.generate(**inputs, max_new_tokens=8, do_sample=False))
-    assert len(said) == 2
-    assert all(isinstance(text, str) for text in said)
-
-
-def test_a_tokenizer_without_an_end_is_refused(parts):
-    processor = EdgeGlassDecodingProcessor.from_alignment_pretrained(*parts)
-    tokenizer = processor.tokenizer
-    others = {"image_processor": processor.image_processor, "alignment_tokenizer": processor.alignment_tokenizer}
-    tokenizer.pad_token = None
-    assert EdgeGlassDecodingProcessor(tokenizer=tokenizer, **others).tokenizer.pad_token == "[SEP]"
-    tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no pad_token and no eos_token"):
-        EdgeGlassDecodingProcessor(tokenizer=tokenizer, **others)
