@@ -27,7 +27,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
     from transformers import set_seed
 
     from training.arguments import build_training_arguments
-    from training.build import build_datasets, build_model, build_processor, frozen_weights
+    from training.build import build_datasets, build_model, build_processor, frozen_weights, save_alignment
     from training.caching import cache_features
     from training.cpu import prepare_cpu
     from training.identity import run_identity
@@ -72,7 +72,7 @@ def align(config: AlignmentConfig, signals: SignalListener) -> int:
         trainer,
         checkpoint,
         prepare=prepare,
-        save=lambda output_dir: save_model(model.save_pretrained, processor, output_dir),
+        save=lambda output_dir: save_model(lambda folder: save_alignment(model, folder), processor, output_dir),
         describe=lambda metrics: recall_table(metrics, (full_dimension, *model.config.mrl_dimensions)),
         full_dimension=full_dimension,
     )

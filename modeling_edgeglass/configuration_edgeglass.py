@@ -20,7 +20,24 @@ def refuse_unknown_fields(kind: type[PreTrainedConfig], names: Iterable[str]) ->
         raise ValueError(f"there is no config field {unknown[0]!r}; did you mean {' or '.join(nearest) or 'another'}?")
 
 
-class EdgeGlassConfig(PreTrainedConfig):
+class _OwnTypeConfig(PreTrainedConfig):
+    """A config that refuses the fields of another model, of which transformers would make one with random weights."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for any config.
+
+        Raises:
+            ValueError: The fields are those of another type of model.
+        """
+        if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"this is a model of type {found!r}, and not of {cls.model_type!r}; AutoModel loads any type"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+class EdgeGlassConfig(_OwnTypeConfig):
     """Two backbones, how each is pooled and projected, and how the pair is trained.
 
     Args:
@@ -104,7 +121,7 @@ class EdgeGlassConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class EdgeGlassDecodingConfig(PreTrainedConfig):
+class EdgeGlassDecodingConfig(_OwnTypeConfig):
     """An alignment, a language model, and the bridge between them.
 
     Args:

@@ -15,6 +15,7 @@ from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
 
 from .bridge import Bridge
 from .configuration_edgeglass import EdgeGlassDecodingConfig, refuse_unknown_fields
@@ -31,6 +32,18 @@ from .modeling_edgeglass import EdgeGlassModel, EdgeGlassPreTrainedModel
 BRIDGE_FILE = "bridge.safetensors"
 
 _CHUNK = 4096  # tokens of a vocabulary that are looked at together
+
+
+def bridge_file(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """The weights that `save_bridge_only` wrote to a directory or that a repository holds; None where there are none.
+
+    Raises:
+        OSError: There is no such repository, or the Hub cannot be reached.
+    """
+    found: str | None = cached_file(
+        name_or_path, BRIDGE_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return found
 
 
 class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixin):
@@ -140,8 +153,9 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
     @classmethod
     def from_bridge_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         alignment: str | None = None,
         language_model: str | None = None,
         **loading: Any,
@@ -149,18 +163,19 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
         """Load what `save_bridge_only` wrote, and the alignment and the language model by the names in it.
 
         Args:
-            folder: Its directory.
+            name_or_path: Its directory, or id on the Hub.
+            revision: Commit, tag or branch on the Hub.
             alignment: Directory or id in the place of the one in the config.
             language_model: Likewise.
             **loading: `dtype`, `load_in_4bit` and `language_trust_remote_code`, as for `from_alignment_pretrained`.
 
         Raises:
-            ValueError: The folder holds no bridge, or the bridge is of another alignment or language model.
+            ValueError: It holds no bridge, or the bridge is of another alignment or language model.
         """
-        path = Path(folder)
-        if not (path / BRIDGE_FILE).is_file():
-            raise ValueError(f"{path} holds no {BRIDGE_FILE}; save_bridge_only writes one")
-        config = EdgeGlassDecodingConfig.from_pretrained(path)
+        path = bridge_file(name_or_path, revision)
+        if path is None:
+            raise ValueError(f"{name_or_path} holds no {BRIDGE_FILE}; save_bridge_only writes one")
+        config = EdgeGlassDecodingConfig.from_pretrained(name_or_path, revision=revision or "main")
         kept = ("num_prefix_tokens", "language_training", "lora_rank", "lora_alpha", "lora_target_modules")
         model = cls.from_alignment_pretrained(
             alignment or str(config.alignment_name_or_path),
@@ -171,13 +186,13 @@ class EdgeGlassForConditionalGeneration(EdgeGlassPreTrainedModel, GenerationMixi
             **{name: getattr(config, name) for name in kept},
             **loading,
         )
-        state = load_file(path / BRIDGE_FILE)
+        state = load_file(path)
         shapes, own = (
             {name: tuple(value.shape) for name, value in of.items()} for of in (state, model.trained_state_dict())
         )
         if wrong := sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name)):
             raise ValueError(
-                f"the bridge in {path} has {wrong[0]} of shape {shapes.get(wrong[0])}, and one from "
+                f"the bridge in {name_or_path} has {wrong[0]} of shape {shapes.get(wrong[0])}, and one from "
                 f"{model.config.alignment_name_or_path} to {model.config.language_name_or_path} has "
                 f"{own.get(wrong[0])}: it was trained for another alignment or language model; give the ones it was "
                 "trained for"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .backbones import SUPPORTED_BACKBONES, Modality, has_first_token
 from .feature_layers import LAST, join_layers, layer_sizes
@@ -73,27 +74,38 @@ class _Encoder(nn.Module):
         pool = masked_mean if self.pooling is None else self.pooling
         return pool(features, attention_mask)
 
-    def _run_backbone(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D), and the backbone's own pooled output (B, D) where it has one."""
+    def _run_backbone(self, **inputs: Any) -> ModelOutput:
+        """What the backbone returns, with the layers that are pooled."""
         if self.feature_layers != (LAST,):
             inputs["output_hidden_states"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            outputs = self.backbone(**inputs)
-        name, supported = type(self.backbone).__name__, SUPPORTED_BACKBONES[self.modality]
+            outputs: ModelOutput = self.backbone(**inputs)
         if "last_hidden_state" not in outputs:
-            raise ValueError(f"{name} returns no last_hidden_state; use {supported}")
+            raise ValueError(
+                f"{type(self.backbone).__name__} returns no last_hidden_state; "
+                f"use {SUPPORTED_BACKBONES[self.modality]}"
+            )
+        return outputs
+
+    def tokens(self, outputs: ModelOutput) -> Tensor:
+        """The tokens (B, N, hidden_size) in what a backbone returned."""
         tokens = join_layers(outputs, self.feature_layers)
         if tokens.ndim != 3 or tokens.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"{name} returns tokens of shape {tuple(tokens.shape)}, where its config says that they are "
-                f"{self.hidden_size} wide; use {supported}"
+                f"{type(self.backbone).__name__} returns tokens of shape {tuple(tokens.shape)}, where its config says "
+                f"that they are {self.hidden_size} wide; use {SUPPORTED_BACKBONES[self.modality]}"
             )
-        pooler_output = outputs.get("pooler_output")
-        return tokens, None if pooler_output is None else pooler_output.flatten(1)
+        return tokens
 
-    def _to_be_pooled(self, tokens: Tensor, pooler_output: Tensor | None) -> Tensor:
-        """The tokens (B, N, D), or the backbone's own pooled output (B, 1, D) where that takes their place."""
-        return tokens if self.pooling is not None or pooler_output is None else pooler_output.unsqueeze(1)
+    def to_be_pooled(self, outputs: ModelOutput, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The tokens (B, N, D) and their mask, or the backbone's own pooled output (B, 1, D) in their place."""
+        tokens, pooler_output = self.tokens(outputs), self._pooler_output(outputs)
+        if self.pooling is not None or pooler_output is None:
+            return tokens, attention_mask
+        return pooler_output.flatten(1).unsqueeze(1), None
+
+    def _pooler_output(self, outputs: ModelOutput) -> Tensor | None:
+        return outputs.get("pooler_output")
 
 
 class VisionEncoder(_Encoder):
@@ -130,14 +142,20 @@ class VisionEncoder(_Encoder):
 
         A function of the picture alone where the backbone is frozen, so that it can be kept.
         """
-        return self._to_be_pooled(*self._look_at(pixel_values))
+        return self.to_be_pooled(self.look_at(pixel_values))[0]
 
-    def _look_at(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens and pooled output of pictures of any size; DINOv2 and its kin interpolate without being asked."""
-        inputs: dict[str, Any] = {"pixel_values": pixel_values.to(self.backbone.dtype)}
+    def look_at(self, pixel_values: Tensor, **inputs: Any) -> ModelOutput:
+        """What the backbone returns for pictures (B, 3, S, S) of any size.
+
+        Args:
+            pixel_values: The pictures.
+            **inputs: Further arguments of the backbone, such as `output_attentions`.
+        """
+        inputs["pixel_values"] = pixel_values.to(self.backbone.dtype)
         own_size = self.backbone.config.to_dict().get("image_size")
         own_sizes = tuple(own_size) if isinstance(own_size, list | tuple) else (own_size, own_size)
         can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        # DINOv2 and its kin interpolate without being asked.
         if can_interpolate and tuple(pixel_values.shape[2:]) != own_sizes:
             inputs["interpolate_pos_encoding"] = True
         return self._run_backbone(**inputs)
@@ -152,8 +170,7 @@ class VisionEncoder(_Encoder):
         """
         if self.pooling is None:
             raise ValueError("use_attention_pooling is false: there are no learned weights to show")
-        tokens, _ = self._look_at(pixel_values)
-        tokens = tokens.to(self.projection.weight.dtype)
+        tokens = self.tokens(self.look_at(pixel_values)).to(self.projection.weight.dtype)
         weights: Tensor = self.pooling.attention_weights(tokens)  # (B, N)
         height, width = self._grid(weights.shape[1], pixel_values.shape[2:])
         return weights[:, -height * width :].unflatten(1, (height, width))
@@ -206,10 +223,21 @@ class TextEncoder(_Encoder):
 
         A function of the caption alone where the backbone is frozen, so that it can be kept.
         """
+        features, mask = self.to_be_pooled(self.read(input_ids, attention_mask), attention_mask)
+        return features, input_ids.new_ones(features.shape[:2]) if mask is None else mask
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> ModelOutput:
+        """What the backbone returns for token ids (B, L).
+
+        Args:
+            input_ids: The token ids.
+            attention_mask: 1 for a real token, 0 for padding (B, L); None takes all as real.
+            **inputs: Further arguments of the backbone, such as `output_attentions`.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        tokens, pooler_output = self._run_backbone(input_ids=input_ids, attention_mask=attention_mask)
-        if self.backbone.config.model_type.startswith("siglip"):
-            pooler_output = None  # it reads the last token even where that is padding
-        features = self._to_be_pooled(tokens, pooler_output)
-        return features, attention_mask if features is tokens else attention_mask.new_ones(features.shape[:2])
+        return self._run_backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+    def _pooler_output(self, outputs: ModelOutput) -> Tensor | None:
+        # SigLIP's reads the last token even where that is padding.
+        return None if self.backbone.config.model_type.startswith("siglip") else super()._pooler_output(outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones import build_backbone, load_backbone
 from .captions import hash_captions
@@ -46,6 +46,8 @@ class EdgeGlassOutput(ModelOutput):
         logits_per_text: Their transpose.
         image_embeds: Unit vectors (B, projection_dim), float32.
         text_embeds: Unit vectors (B, projection_dim), float32.
+        vision_model_output: What the vision backbone returned, where its hidden states or attentions were asked for.
+        text_model_output: Likewise of the text backbone.
     """
 
     loss: Tensor | None = None
@@ -55,6 +57,12 @@ class EdgeGlassOutput(ModelOutput):
     logits_per_text: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+    vision_model_output: ModelOutput | None = None
+    text_model_output: ModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All that is not None, as transformers' own dual encoders give it."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class EdgeGlassPreTrainedModel(PreTrainedModel):
@@ -200,6 +208,20 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             text_backbone,
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As for any model; our code goes with it, for machines where this package is not installed."""
+        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        self.config.auto_map = {"AutoModel": name, "AutoModelForZeroShotImageClassification": name}
+        super().save_pretrained(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text backbone's."""
+        return self.text_encoder.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Exchange the text backbone's, as `resize_token_embeddings` does."""
+        self.text_encoder.backbone.set_input_embeddings(value)
+
     def get_image_features(self, pixel_values: Tensor, truncate_dim: int | None = None) -> Tensor:
         """Embed pictures `pixel_values` (B, 3, S, S) as unit vectors (B, truncate_dim), in float32.
 
@@ -253,6 +275,7 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
             self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         return self.logit_scale.exp()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -265,8 +288,10 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
         text_features: Tensor | None = None,
         caption_ids: Tensor | None = None,
         tower_chunk_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> EdgeGlassOutput:
-        """Embed pictures and captions, compare all with all, and score the pairs.
+        """Embed pictures and captions, compare all with all, and score the pairs; or embed one of the two.
 
         Args:
             pixel_values: Pictures (B, 3, S, S).
@@ -280,24 +305,62 @@ class EdgeGlassModel(EdgeGlassPreTrainedModel):
                 `input_ids`; `attention_mask` is then of these.
             caption_ids: One integer per caption (B,), equal where the captions are; None takes hashes of `input_ids`.
             tower_chunk_size: Samples that pass a tower at once; see `run_in_chunks`. None takes all.
+            output_hidden_states: Also return the backbones' outputs with their hidden states; None asks the config.
+            output_attentions: Likewise with their attentions.
 
         Raises:
-            ValueError: `return_loss` with a single pair; or an input is missing.
+            ValueError: `return_loss` with a single pair; or an input is missing, or given twice.
         """
-        if (pixel_values is None) == (image_features is None) or (input_ids is None) == (text_features is None):
-            raise ValueError("give pixel_values or image_features, and input_ids or text_features")
-        image_embeds = run_in_chunks(self.vision_encoder, tower_chunk_size, pixel_values, image_features)
-        text_embeds = run_in_chunks(self.text_encoder, tower_chunk_size, input_ids, attention_mask, text_features)
+        pictures, captions = (pixel_values, image_features), (input_ids, text_features)
+        given = [sum(value is not None for value in values) for values in (pictures, captions)]
+        if max(given) > 1 or sum(given) < (2 if return_loss else 1):
+            raise ValueError(
+                "give pixel_values or image_features, and input_ids or text_features; without a loss one of the two "
+                "is enough"
+            )
+        if return_loss and caption_ids is None and input_ids is not None:
+            caption_ids = hash_captions(input_ids, attention_mask)
+        output = EdgeGlassOutput()
+        if inner := self._asked_for(output_hidden_states=output_hidden_states, output_attentions=output_attentions):
+            if pixel_values is not None:
+                output.vision_model_output = self.vision_encoder.look_at(pixel_values, **inner)
+                image_features, _ = self.vision_encoder.to_be_pooled(output.vision_model_output)
+            if input_ids is not None:
+                output.text_model_output = self.text_encoder.read(input_ids, attention_mask, **inner)
+                text_features, attention_mask = self.text_encoder.to_be_pooled(
+                    output.text_model_output, attention_mask
+                )
+        if given[0]:
+            output.image_embeds = run_in_chunks(self.vision_encoder, tower_chunk_size, pixel_values, image_features)
+        if given[1]:
+            output.text_embeds = run_in_chunks(
+                self.text_encoder, tower_chunk_size, input_ids, attention_mask, text_features
+            )
+        if all(given):
+            self._compare(output, return_loss, caption_ids, step)
+        return output
+
+    def _compare(
+        self, output: EdgeGlassOutput, return_loss: bool, caption_ids: Tensor | None, step: int | None
+    ) -> None:
+        """Put logits and losses beside the embeddings."""
+        assert output.image_embeds is not None
+        assert output.text_embeds is not None
         logit_scale = self.capped_logit_scale()
-        output = EdgeGlassOutput(image_embeds=image_embeds, text_embeds=text_embeds)
         if not (return_loss and self.training):
-            output.logits_per_image = logit_scale * image_embeds @ text_embeds.T  # (images, texts)
+            output.logits_per_image = logit_scale * output.image_embeds @ output.text_embeds.T  # (images, texts)
             output.logits_per_text = output.logits_per_image.T
         if return_loss:
-            if caption_ids is None and input_ids is not None:
-                caption_ids = hash_captions(input_ids, attention_mask)
             losses = self.alignment_loss(
-                image_embeds, text_embeds, logit_scale=logit_scale, caption_ids=caption_ids, step=step
+                output.image_embeds,
+                output.text_embeds,
+                logit_scale=logit_scale,
+                caption_ids=caption_ids,
+                step=step,
             )
             output.loss, output.loss_clip, output.loss_mrl = losses.loss, losses.loss_clip, losses.loss_mrl
-        return output
+
+    def _asked_for(self, **inner: bool | None) -> dict[str, bool]:
+        """What a backbone is to return besides its tokens."""
+        asked = {name: getattr(self.config, name) if value is None else value for name, value in inner.items()}
+        return {name: True for name, value in asked.items() if value}

@@ -6,12 +6,12 @@ from typing import Any
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 from .backbones import backbone_config, longest_text
 from .distributed import rank
+from .image_processing_edgeglass import EdgeGlassImageProcessor
 from .images import FORMATS, to_rgb
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ class EdgeGlassProcessorKwargs(ProcessingKwargs, total=False):
     """Captions are padded to the longest of the batch and cut to the length that the tokenizer knows."""
 
     _defaults = {  # type: ignore[misc]  # noqa: RUF012 - transformers' own form
-        "text_kwargs": {"padding": True, "truncation": True, "return_token_type_ids": False},
+        "text_kwargs": {"padding": True, "truncation": True},
         "common_kwargs": {"return_tensors": "pt"},
     }
 
@@ -32,11 +32,10 @@ class EdgeGlassProcessorKwargs(ProcessingKwargs, total=False):
 class EdgeGlassProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one: `processor(images=..., text=...)` gives a model's inputs.
 
-    Pictures go the way of `training`'s evaluation: upright RGB on white, shorter edge to the model's size,
-    centre crop, the vision backbone's own mean and standard deviation; always by Pillow.
+    Pictures go the way of `training`'s evaluation, with the vision backbone's own mean and standard deviation.
 
     Args:
-        image_processor: Resizes, crops and normalises.
+        image_processor: An `EdgeGlassImageProcessor`.
         tokenizer: Its `model_max_length` is the longest caption, in tokens.
     """
 
@@ -54,8 +53,22 @@ class EdgeGlassProcessor(ProcessorMixin):
             text: One caption or a list of them.
             **kwargs: As for any transformers processor, such as `return_tensors="np"`.
         """
-        images = [_plain(image) for image in images] if isinstance(images, list | tuple) else _plain(images)
+        images = [_opened(image) for image in images] if isinstance(images, list | tuple) else _opened(images)
         return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any processor.
+
+        Raises:
+            ValueError: The directory or repository has no tokenizer.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):  # transformers' words for a missing file
+                raise
+            raise ValueError(f"{pretrained_model_name_or_path} has no tokenizer.json") from error
 
     @classmethod
     def from_vision_text_pretrained(
@@ -97,13 +110,16 @@ class EdgeGlassProcessor(ProcessorMixin):
                 f"vision tower {vision!r} has no preprocessor_config.json: mean and std unknown"
             ) from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(text, **text_hub)
+            # What a text tower takes: pipelines hand a model all that its tokenizer gives.
+            tokenizer = AutoTokenizer.from_pretrained(
+                text, model_input_names=["input_ids", "attention_mask"], **text_hub
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"text tower {text!r} has no tokenizer") from error
         if image_size is None:
             config = backbone_config(AutoConfig.from_pretrained(vision, **vision_hub), "vision")
             image_size = _own_image_size(config, backbone_processor)
-        image_processor = CLIPImageProcessorPil(
+        image_processor = EdgeGlassImageProcessor(
             size={"shortest_edge": image_size},
             crop_size={"height": image_size, "width": image_size},
             resample=backbone_processor.resample,
@@ -129,12 +145,12 @@ def _text_length(text: str, tokenizer_limit: int, positions: int | None, wanted:
     return limit
 
 
-def _plain(image: Any) -> Any:
-    """Pictures and paths of them as RGB on white; anything else as it is."""
+def _opened(image: Any) -> Any:
+    """The picture in a file; what is no path of one as it is."""
     if isinstance(image, str | os.PathLike) and os.path.isfile(image):
         with Image.open(image, formats=FORMATS) as opened:
             return to_rgb(opened)
-    return to_rgb(image) if isinstance(image, Image.Image) else image
+    return image
 
 
 def _own_image_size(config: PreTrainedConfig, image_processor: Any) -> int:

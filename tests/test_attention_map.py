@@ -50,7 +50,7 @@ def test_a_map_has_the_weights_of_the_places(config, grid: tuple[int, int]):
     pixel_values = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     attention = encoder.attention_map(pixel_values)
     assert attention.shape == (2, *grid)
-    tokens, _ = encoder._run_backbone(pixel_values=pixel_values)
+    tokens = encoder.tokens(encoder.look_at(pixel_values))
     weights = encoder.pooling.attention_weights(tokens)
     torch.testing.assert_close(attention.flatten(1), weights[:, weights.shape[1] - grid[0] * grid[1] :])
 

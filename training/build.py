@@ -1,5 +1,6 @@
 """From a config to the parts of a run."""
 
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -10,8 +11,11 @@ from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcess
 from modeling_edgeglass.backbones import max_positions
 from training.config import AlignmentConfig
 from training.data import PixmoParquetImageTextDataset, build_image_datasets_from_parquet
-from training.errors import ConfigError
+from training.errors import ConfigError, loading_error
+from training.sentence_transformers import write_sentence_transformers_files
 from training.transforms import ImageTransform, get_image_transforms
+
+MAX_SHARD_SIZE = "5GB"  # of a file of weights: what is sent again where an upload is cut off
 
 
 def build_model(config: AlignmentConfig, seed: int) -> EdgeGlassModel:
@@ -104,6 +108,12 @@ def build_datasets(
     )
 
 
+def save_alignment(model: EdgeGlassModel, folder: Path) -> None:
+    """Write a model for `from_pretrained` and for sentence-transformers."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    write_sentence_transformers_files(folder)
+
+
 def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
     """A saved model and its processor, from a directory or the Hub.
 
@@ -117,7 +127,7 @@ def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
         loaded: Any = EdgeGlassModel.from_pretrained(name_or_path, output_loading_info=True)
         processor = EdgeGlassProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{name_or_path}: no EdgeGlass model: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"{name_or_path}: no EdgeGlass model: {loading_error(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(

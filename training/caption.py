@@ -71,9 +71,7 @@ def one_line(model: Any, processor: Any, picture: Any, options: argparse.Namespa
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", help="directory of a trained decoder, whole or the bridge alone, or id of a whole one"
-    )
+    parser.add_argument("model", help="directory or Hub id of a trained decoder, whole or the bridge alone")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="picture", help="files of pictures")
     parser.add_argument("--prompt", help="what is asked (default: what the bridge was trained with)")
     parser.add_argument("--truncate_dim", type=int, help="numbers of the embedding that are read (default: all)")

@@ -73,6 +73,13 @@ def _is_write_error(error: Exception) -> bool:
     return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 
 
+def loading_error(error: Exception) -> str:
+    """Why transformers could not load a model, in one line."""
+    if "Repo id must" in str(error):
+        return "there is no such directory, and an id on the Hub reads user/name"
+    return str(error).strip().splitlines()[0]
+
+
 def printable(text: str, length: int = 80) -> str:
     """A stranger's text for messages: one line without control codes, cut to `length` characters."""
     escaped = repr(text[: length + 1])[1:-1]

@@ -14,13 +14,13 @@ from modeling_edgeglass import (
     EdgeGlassDecodingProcessor,
     EdgeGlassForConditionalGeneration,
 )
-from modeling_edgeglass.decoding_edgeglass import BRIDGE_FILE
+from modeling_edgeglass.decoding_edgeglass import bridge_file
 from training.arguments import build_arguments
-from training.build import image_transforms
+from training.build import MAX_SHARD_SIZE, image_transforms
 from training.config_files import key_error
 from training.decoding.config import DecodingConfig
 from training.decoding.data import AnswersDataset, build_answers_datasets
-from training.errors import ConfigError
+from training.errors import ConfigError, loading_error
 
 
 def build_decoding_arguments(config: DecodingConfig) -> TrainingArguments:
@@ -127,8 +127,10 @@ def build_decoding_processor(
 
 def save_decoder(model: EdgeGlassForConditionalGeneration, folder: Path) -> None:
     """Write what training changed; of a language model that trained as a whole all, else the bridge and adapters."""
-    write = model.save_pretrained if model.config.language_training == "full" else model.save_bridge_only
-    write(folder)
+    if model.config.language_training == "full":
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    else:
+        model.save_bridge_only(folder)
 
 
 def load_decoder(
@@ -137,7 +139,7 @@ def load_decoder(
     """A saved decoder, whole or the bridge alone, and its processor.
 
     Args:
-        name_or_path: Directory, or id on the Hub of a whole one.
+        name_or_path: Directory, or id on the Hub.
         **loading: Of a bridge alone: as for `from_bridge_pretrained`.
 
     Raises:
@@ -148,7 +150,7 @@ def load_decoder(
         if kind != EdgeGlassDecodingConfig.model_type:
             raise ValueError(f"its config.json tells of a model of type {kind}, or is not there")
         processor: Any = EdgeGlassDecodingProcessor.from_pretrained(name_or_path)
-        if (Path(name_or_path) / BRIDGE_FILE).is_file():
+        if bridge_file(name_or_path) is not None:
             model: Any = EdgeGlassForConditionalGeneration.from_bridge_pretrained(name_or_path, **loading)
         elif given := [name for name, value in loading.items() if value]:
             raise ValueError(f"it is whole, and its parts cannot be exchanged: leave {', '.join(given)} out")
@@ -158,7 +160,7 @@ def load_decoder(
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{name_or_path}: no decoder: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"{name_or_path}: no decoder: {loading_error(error)}") from error
     return model.eval(), processor
 
 
