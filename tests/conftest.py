@@ -109,23 +109,27 @@ def write_pairs(path: Path, num_rows: int, first: int = 0) -> Path:
 
 @pytest.fixture
 def run_config(vision_dir: str, text_dir: str, tmp_path: Path) -> Path:
+    return write_run_config(tmp_path, vision_dir, text_dir)
+
+
+def write_run_config(folder: Path, vision_dir: str, text_dir: str) -> Path:
     """The YAML of a tiny run: 20 training pairs, 10 val pairs, D = 64, batches of 4."""
-    write_pairs(tmp_path / "train.parquet", 20)
-    write_pairs(tmp_path / "val.parquet", 10, first=20)
+    write_pairs(folder / "train.parquet", 20)
+    write_pairs(folder / "val.parquet", 10, first=20)
     encoder = {"projection_dim": 64, "mrl_dimensions": [32, 16]}
     config = {
         "dataset": {
-            "train_parquet": f"{tmp_path}/train.parquet",
-            "val_parquet": f"{tmp_path}/val.parquet",
+            "train_parquet": f"{folder}/train.parquet",
+            "val_parquet": f"{folder}/val.parquet",
             "batch_size": 4,
             "max_text_length": 32,
         },
         "vision_encoder": {"model_name": vision_dir, **encoder},
         "text_encoder": {"model_name": text_dir, **encoder},
         "optimization": {"lr": 0.01},
-        "trainer": {"output_dir": f"{tmp_path}/run", "epochs": 2, "logging_steps": 1, "use_cpu": True},
+        "trainer": {"output_dir": f"{folder}/run", "epochs": 2, "logging_steps": 1, "use_cpu": True},
     }
-    path = tmp_path / "run.yaml"
+    path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 

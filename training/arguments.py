@@ -87,6 +87,7 @@ def build_arguments(config: Any, defaults: dict[str, Any], metrics: Sequence[str
     options: Any = OmegaConf.to_container(cast(Any, config.trainer), resolve=True)
     epochs, _ = options.pop("epochs"), options.pop("resume")
     _check_options(config, options)
+    options.pop("push_to_hub", None)  # Trainer would push checkpoints; the finished run is pushed
     _check_reporting(config, options.get("report_to"))
     best_metric = options.pop("metric_for_best_model", None) or "loss"
     _check_metric(config, best_metric, metrics)

@@ -37,6 +37,9 @@ _SET_ELSEWHERE = {
     "hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
     "resume_from_checkpoint": "leave it out; a run goes on from what is in trainer.output_dir",
     "push_to_hub_token": "leave it out, it would be saved with the run; log in with `hf auth login` instead",
+    **dict.fromkeys(
+        ("hub_strategy", "hub_always_push", "hub_revision"), "leave it out; a finished run is pushed in one commit"
+    ),
     "remove_unused_columns": "leave it out; the collator makes the model's inputs",
 }
 

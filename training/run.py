@@ -89,6 +89,7 @@ def train_to_the_end(
     from training.config_files import save_config
     from training.environment import describe_environment, save_environment
     from training.history import logged_names
+    from training.push import check_hub, push, repository_of
     from training.results import (
         CONFIG,
         FINAL_METRICS,
@@ -109,6 +110,9 @@ def train_to_the_end(
         leave(trainer)
         return PREEMPTED_STATUS
 
+    repo_id, private = repository_of(config.trainer)
+    if repo_id:
+        check_hub(repo_id, private)
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
     if args.should_save:
         clear_marks(output_dir)
@@ -135,6 +139,12 @@ def train_to_the_end(
         except (UserError, OSError, ValueError) as error:
             print(f"report.html could not be written: {error}")
     leave(trainer)
+    if repo_id and args.should_save:
+        try:
+            print(f"pushed: {push(Path(output_dir), repo_id, private=private)}")
+        except UserError as error:
+            print(f"error: not pushed: {error}\npython -m training.push {output_dir} {repo_id} tries again")
+            return 1
     return 0
 
 

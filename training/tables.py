@@ -1,6 +1,7 @@
 """Results as text."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from training.retrieval import RECALL_KS
 
@@ -23,6 +24,31 @@ def recall_table(metrics: Mapping[str, float], dimensions: Sequence[int], split:
         ]
         lines.append(f"{dimension:9d} |   {cells[0]} |   {cells[1]}")
     return "\n".join(lines)
+
+
+def recall_rows(metrics: Mapping[str, float], full_dimension: int | None, split: str = "val") -> list[dict[str, Any]]:
+    """Per size, the largest first: its name, R@K both ways in percent, and the kept share of the mean R@1.
+
+    Args:
+        metrics: Under the logged names.
+        full_dimension: Numbers of the full embedding; None where it is not known.
+        split: What the names begin with.
+    """
+    first = f"{split}/i2t_r1"
+    if first not in metrics:
+        return []
+    sizes = sorted({int(name.partition("@")[2]) for name in metrics if name.startswith(f"{first}@")}, reverse=True)
+
+    def mean_r1(suffix: str) -> float:
+        return (metrics[f"{split}/i2t_r1{suffix}"] + metrics[f"{split}/t2i_r1{suffix}"]) / 2
+
+    rows = []
+    for size in (None, *sizes):
+        suffix = "" if size is None else f"@{size}"
+        recalls = [100 * metrics[f"{split}/{way}_r{k}{suffix}"] for way in ("i2t", "t2i") for k in RECALL_KS]
+        kept = 100 * mean_r1(suffix) / mean_r1("") if mean_r1("") else None
+        rows.append({"size": size or full_dimension or "full", "recalls": recalls, "kept": kept})
+    return rows
 
 
 def description_table(metrics: Mapping[str, float], dimensions: Sequence[int], split: str = "val") -> str:

@@ -14,7 +14,7 @@ from training.environment import ENVIRONMENT
 from training.history import EPOCH, STEP, read_history
 from training.results import CONFIG, FINAL_METRICS, PREEMPTED
 from training.retrieval import RECALL_KS
-from training.tables import DESCRIPTION_COLUMNS, DESCRIPTION_UNITS, description_rows
+from training.tables import DESCRIPTION_COLUMNS, DESCRIPTION_UNITS, description_rows, recall_rows
 
 REPORT = "report.html"
 
@@ -52,7 +52,7 @@ def write_report(output_dir: str | os.PathLike[str], full_dimension: int | None)
         name=folder.resolve().name,
         state=_state(folder, bool(final), rows[-1] if rows else {}),
         origin="the model that was saved" if final else f"step {last.get(STEP, 0)}",
-        recall=_recall_rows(metrics, full_dimension),
+        recall=recall_rows(metrics, full_dimension),
         recall_ks=RECALL_KS,
         description_columns=DESCRIPTION_COLUMNS,
         description_units=DESCRIPTION_UNITS,
@@ -76,24 +76,6 @@ def _state(folder: Path, is_finished: bool, last: Mapping[str, Any]) -> str:
     if is_finished:
         return f"finished at {reached}"
     return f"stopped by a signal at {reached}" if (folder / PREEMPTED).exists() else f"at {reached}"
-
-
-def _recall_rows(metrics: Mapping[str, Any], full_dimension: int | None) -> list[dict[str, Any]]:
-    """Per size, the largest first: its name, R@K both ways in percent, and the kept share of the mean R@1."""
-    if "val/i2t_r1" not in metrics:
-        return []
-    sizes = sorted({int(name.partition("@")[2]) for name in metrics if name.startswith("val/i2t_r1@")}, reverse=True)
-
-    def mean_r1(suffix: str) -> float:
-        return (metrics[f"val/i2t_r1{suffix}"] + metrics[f"val/t2i_r1{suffix}"]) / 2
-
-    rows = []
-    for size in (None, *sizes):
-        suffix = "" if size is None else f"@{size}"
-        recalls = [100 * metrics[f"val/{way}_r{k}{suffix}"] for way in ("i2t", "t2i") for k in RECALL_KS]
-        kept = 100 * mean_r1(suffix) / mean_r1("") if mean_r1("") else None
-        rows.append({"size": size or full_dimension or "full", "recalls": recalls, "kept": kept})
-    return rows
 
 
 def _read_json(path: Path) -> dict[str, Any]:

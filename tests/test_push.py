@@ -1,0 +1,341 @@
+"""A finished run goes to a Hub on loopback, and comes back."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from modeling_edgeglass import truncate_embeds
+from run_alignment import align
+from run_decoding import decode
+from tests.bare_environment import make_bare_environment
+from tests.commands import ROOT, final_metrics
+from tests.conftest import picture, write_run_config
+from tests.decoding_runs import write_decoding_config
+from tests.hub_server import File, HubServer, Repository
+from training.build import load_model, save_alignment
+from training.config import load_config
+from training.decoding.build import load_decoder
+from training.decoding.config import load_decoding_config
+from training.errors import ConfigError
+from training.push import main, push, repository_of
+from training.signals import SignalListener
+
+REPO = "tester/colours"
+
+
+@pytest.fixture(scope="module")
+def finished(vision_dir: str, text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a run."""
+    config = write_run_config(tmp_path_factory.mktemp("pushed"), vision_dir, text_dir)
+    run = load_config(config, ["trainer.epochs=1", "vision_encoder.feature_layers=[-1,-2]"])
+    assert align(run, SignalListener()) == 0
+    return config.parent / "run"
+
+
+@pytest.fixture
+def output_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of this process, too."""
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+def sent(hub: HubServer) -> dict[str, bytes]:
+    """The files of the repository after its last commit."""
+    return {name: file.content for name, file in hub.repositories[REPO].commits[-1].files.items()}
+
+
+def num_uploads(hub: HubServer) -> int:
+    return sum(method == "PUT" for method, _ in hub.requests)
+
+
+def test_a_pushed_run_comes_back_with_the_same_bits(finished: Path, hub: HubServer, tmp_path: Path):
+    push(finished, REPO)
+    assert hub.repositories[REPO].private
+    assert len(hub.repositories[REPO].commits) == 2  # the Hub's own, which makes the repository, and one of ours
+    code = """
+import sys, torch
+from modeling_edgeglass import EdgeGlassModel, EdgeGlassProcessor
+from tests.conftest import picture
+from PIL import Image
+import io
+name, target = sys.argv[1:]
+model, processor = EdgeGlassModel.from_pretrained(name), EdgeGlassProcessor.from_pretrained(name)
+inputs = processor(images=[Image.open(io.BytesIO(picture(text))) for text in "abc"], text=["a b", "c", "d e f"])
+torch.save(model(**inputs).to_tuple(), target)
+"""
+    for name, target in ((REPO, "pushed.pt"), (finished / "model", "local.pt")):
+        hub.run("-c", code, name, tmp_path / target, home=tmp_path / "home")
+    pushed, local = (torch.load(tmp_path / name) for name in ("pushed.pt", "local.pt"))
+    assert all(map(torch.equal, pushed, local))
+    files = sent(hub)
+    assert files["metrics.json"] == (finished / "final_metrics.json").read_bytes()
+    assert {"plots/training_curves.png", "training_config.yaml", "modules.json", "README.md"} < set(files)
+
+
+def test_what_is_pushed_tells_no_token_and_no_place(finished: Path, hub: HubServer, vision_dir: str):
+    push(finished, REPO)
+    here = (hub.token, str(finished.parent), vision_dir, str(Path.home()) + "/", "/tmp")
+    for name, content in sent(hub).items():
+        assert [secret for secret in here if secret.encode() in content] == [], name
+    assert b"train_parquet: train.parquet" in sent(hub)["training_config.yaml"]
+
+
+@pytest.mark.parametrize("secret", ["hf_test", "hf_" + "a" * 34, str(Path.cwd()) + "/notes.txt"])
+def test_a_file_with_a_token_or_a_place_in_it_is_not_sent(output_dir: Path, hub: HubServer, secret: str):
+    (output_dir / "model" / "notes.txt").write_text(f"by {secret}")
+    with pytest.raises(
+        ConfigError, match=r"notes\.txt holds (a token|a path of this machine|what looks like a token)"
+    ):
+        push(output_dir, REPO)
+    assert hub.requests == []
+
+
+def test_a_push_that_was_cut_off_sends_what_is_missing(output_dir: Path, hub: HubServer):
+    hub.fail_uploads_after = 2
+    with pytest.raises(
+        ConfigError, match=rf"{REPO}: Error while uploading .*; the same command sends what is missing"
+    ):
+        push(output_dir, REPO)
+    repository = hub.repositories[REPO]
+    held, hub.fail_uploads_after = len(repository.objects), None
+    assert held == 2
+    assert len(repository.commits) == 1
+    hub.requests.clear()
+    push(output_dir, REPO)
+    assert num_uploads(hub) == len(repository.objects) - held > 0
+    assert len(repository.commits) == 2
+    hub.requests.clear()
+    push(output_dir, REPO)
+    assert num_uploads(hub) == 0
+    assert len(repository.commits) == 2
+
+
+def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(output_dir: Path, hub: HubServer, monkeypatch):
+    push(output_dir, REPO)
+    monkeypatch.setattr("training.build.MAX_SHARD_SIZE", "50KB")
+    model, _ = load_model(str(output_dir / "model"))
+    (output_dir / "model" / "model.safetensors").unlink()
+    save_alignment(model, output_dir / "model")
+    push(output_dir, REPO)
+    files = set(sent(hub))
+    assert "model.safetensors" not in files
+    assert "model.safetensors.index.json" in files
+    assert len([name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]) > 1
+    assert len(hub.repositories[REPO].commits) == 3
+
+
+def test_a_dry_run_lists_what_would_go_and_asks_nobody(finished: Path, hub: HubServer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["push", str(finished), REPO, "--dry_run"])
+    main()
+    listed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["push", str(finished), REPO, "--public"])
+    assert hub.requests == []
+    main()
+    assert not hub.repositories[REPO].private
+    assert set(re.findall(r"MB  (.+)", listed)) == set(sent(hub)) - {".gitattributes"}
+    assert "files would go to tester/colours (private)" in listed
+
+
+def test_errors_of_the_hub_are_one_line(finished: Path, hub: HubServer, monkeypatch):
+    def error(repo_id: str = REPO) -> str:
+        with pytest.raises(ConfigError) as caught:
+            push(finished, repo_id)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "'a/b/c' is no id of a repository: it reads user/name" in error("a/b/c")
+    assert "your token may not write there" in error("somebody/colours")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "run `hf auth login`" in error()
+    assert "run `hf auth login`" in error("colours")
+    monkeypatch.delenv("HF_TOKEN")
+    assert "run `hf auth login`" in error()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in error()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in error()
+
+
+def test_a_name_alone_is_ones_own(finished: Path, hub: HubServer):
+    push(finished, "colours")
+    assert f'from_pretrained("{REPO}"' in sent(hub)["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "final_metrics.json").unlink(), r"holds no finished run: there is no final_metrics\.json"),
+        (lambda run: shutil.rmtree(run / "model"), r"holds no finished run: there is no model/config\.json"),
+        (
+            lambda run: (run / "model" / "config.json").write_text('{"model_type": "vit"}'),
+            "holds a model of type 'vit', which is none of ours",
+        ),
+    ],
+)
+def test_what_cannot_be_pushed_is_told(output_dir: Path, spoil, message: str):
+    spoil(output_dir)
+    with pytest.raises(ConfigError, match=message):
+        push(output_dir, REPO)
+
+
+def test_the_card_tells_the_run(output_dir: Path, hub: HubServer):
+    (output_dir / "emissions.csv").write_text("run_id,emissions\na,0.001\na,0.002\nb,0.0005\n")
+    push(output_dir, REPO, licence="apache-2.0")
+    text = sent(hub)["README.md"].decode()
+    card, metrics = ModelCard(text), final_metrics(output_dir)
+    assert card.data.license == "apache-2.0"
+    assert card.data.co2_eq_emissions["emissions"] == 2.5  # grams, the last of each session
+    assert "2.5 g of CO2 equivalents" in text
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results == {
+        f"{way} R@1{words}": round(metrics[f"val/{key}_r1{size}"], 4)
+        for way, key in (("image to text", "i2t"), ("text to image", "t2i"))
+        for words, size in (("", ""), (", 32 numbers", "@32"), (", 16 numbers", "@16"))
+    }
+    for size, name in ((64, ""), (32, "@32"), (16, "@16")):
+        row = " | ".join(f"{100 * metrics[f'val/{way}_r{k}{name}']:.1f}" for way in ("i2t", "t2i") for k in (1, 5, 10))
+        assert f"| {size} | {row} |" in text
+    assert "`train.parquet`, 20 pairs" in text
+    assert "layers -1, -2; text simple, layers -1 |" in text
+    assert all(cited in text for cited in ("2103.00020", "2205.13147", "2409.17146"))
+    assert "%" not in re.sub(r"\d+ %", "", text)  # no format that was left unfilled
+
+
+def test_every_snippet_of_the_card_runs_where_its_packages_alone_are(finished: Path, hub: HubServer, tmp_path: Path):
+    push(finished, REPO)
+    blocks = snippets(sent(hub))
+    assert all(block.count("\n") <= 6 for block in blocks)
+    (tmp_path / "picture.png").write_bytes(picture("a horse"))
+    with_transformers = make_bare_environment(tmp_path / "transformers", "torch", "transformers", "pillow")
+    interpreters = {
+        "AutoModel": with_transformers,
+        "pipeline": with_transformers,
+        "modeling_edgeglass": Path(sys.executable),
+        "sentence_transformers": make_bare_environment(tmp_path / "peer", "sentence-transformers", "pillow"),
+    }
+    model, processor = load_model(str(finished / "model"))
+    expected = model.get_image_features(**processor(images=str(tmp_path / "picture.png")))
+    for package, interpreter in interpreters.items():
+        (block,) = [block for block in blocks if f"import {package}" in block or f"from {package}" in block]
+        save = "import torch\ntorch.save(torch.as_tensor(image_embeds), 'found.pt')"
+        run_snippet(hub, interpreter, f"{block}\n{save}", tmp_path)
+        found = torch.load(tmp_path / "found.pt").detach()
+        size = 64 if package == "pipeline" else 16
+        torch.testing.assert_close(found, truncate_embeds(expected, size).detach(), rtol=1e-5, atol=1e-6)
+
+
+def snippets(files: Mapping[str, bytes]) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+
+
+def run_snippet(hub: HubServer, interpreter: Path, code: str, folder: Path) -> str:
+    """What some lines of Python print, run with their packages and the Hub alone."""
+    here = Path(sys.executable) == interpreter
+    environment = hub.environment(folder / "home") | ({"PYTHONPATH": str(ROOT)} if here else {})
+    done = subprocess.run([interpreter, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_can_push_itself(vision_dir: str, text_dir: str, hub: HubServer, tmp_path: Path, capsys, monkeypatch):
+    config = write_run_config(tmp_path, vision_dir, text_dir)
+    overrides = ["trainer.epochs=1", "trainer.push_to_hub=true", f"trainer.hub_model_id={REPO}"]
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ConfigError, match="run `hf auth login`"):  # before it trains
+        align(load_config(config, overrides), SignalListener())
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.fail_uploads_after = 0
+    assert align(load_config(config, overrides), SignalListener()) == 1
+    output = capsys.readouterr().out
+    assert f"python -m training.push {tmp_path / 'run'} {REPO} tries again" in output
+    assert len(hub.repositories[REPO].commits) == 1
+    assert (tmp_path / "run" / "final_metrics.json").exists()  # nothing is lost
+    hub.fail_uploads_after = None
+    assert align(load_config(config, [*overrides, f"trainer.output_dir={tmp_path}/other"]), SignalListener()) == 0
+    assert "pushed: " in capsys.readouterr().out
+    assert len(hub.repositories[REPO].commits) == 2
+    assert hub.repositories[REPO].private
+
+
+@pytest.fixture(scope="module")
+def described(vision_dir: str, text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a decoding run, which holds the bridge alone."""
+    config = write_decoding_config(tmp_path_factory.mktemp("described"), vision_dir, text_dir)
+    quick = ["trainer.epochs=1", "generation.num_scored=0", "generation.num_samples=2"]
+    assert decode(load_decoding_config(config, quick), SignalListener()) == 0
+    return config.parent / "run"
+
+
+DECODE = """
+import sys, torch
+from training.decoding.build import load_decoder
+model, processor = load_decoder(sys.argv[1])
+embeds = torch.eye(3, 64)
+torch.save(model.generate(image_embeds=embeds, max_new_tokens=6, min_new_tokens=6, do_sample=False), sys.argv[2])
+"""
+
+
+def test_a_bridge_is_pushed_when_its_ends_are(described: Path, hub: HubServer, tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"holds a bridge to .*/alignment, which lies on this machine alone: .*--align"
+    ):
+        push(described, REPO)
+    assert hub.requests == []
+    for name in ("alignment", "language"):
+        hub.repositories[f"tester/{name}"] = Repository(private=True)
+        folder = described.parent / name
+        files = {path.relative_to(folder).as_posix(): File(path.read_bytes()) for path in folder.rglob("*.*")}
+        hub.repositories[f"tester/{name}"].commit("by hand", files)
+    push(described, REPO, alignment="tester/alignment", language_model="tester/language")
+    for name, target in ((REPO, "pushed.pt"), (described / "model", "local.pt")):
+        hub.run("-c", DECODE, name, tmp_path / target, home=tmp_path / "home")
+    assert torch.equal(torch.load(tmp_path / "pushed.pt"), torch.load(tmp_path / "local.pt"))
+    card = sent(hub)["README.md"].decode()
+    assert 'from_bridge_pretrained("tester/colours")' in card
+    assert "base_model:\n- tester/alignment\n- tester/language" in card
+    assert str(described.parent).encode() not in b"".join(sent(hub).values())
+
+
+def test_a_whole_decoder_is_pushed_as_it_is(described: Path, hub: HubServer, tmp_path: Path):
+    model, processor = load_decoder(str(described / "model"))
+    output_dir = Path(shutil.copytree(described, tmp_path / "run"))
+    shutil.rmtree(output_dir / "model")
+    model.save_pretrained(output_dir / "model")
+    processor.save_pretrained(output_dir / "model")
+    with pytest.raises(ConfigError, match="is whole: it names no alignment and no language model that could be exch"):
+        push(output_dir, REPO, alignment="tester/alignment")
+    push(output_dir, REPO)
+    (tmp_path / "picture.png").write_bytes(picture("a horse"))
+    bare = make_bare_environment(tmp_path / "transformers", "torch", "transformers", "pillow")
+    (block,) = [block for block in snippets(sent(hub)) if "AutoModelForImageTextToText" in block]
+    model.generation_config.max_new_tokens = 32
+    inputs = processor(images=str(tmp_path / "picture.png"), text=processor.prompt)
+    expected = processor.decode_answers(model.generate(**inputs, max_new_tokens=32, truncate_dim=16))
+    code = f"{block}\nassert model.generate(**inputs, max_new_tokens=32, truncate_dim=16).shape[0] == 1"
+    done = run_snippet(hub, bare, code, tmp_path)
+    assert done.strip() == str(expected)
+
+
+def test_where_a_run_is_pushed_to():
+    section = {"output_dir": "outputs/mine", "push_to_hub": True}
+    assert repository_of(section) == ("mine", True)
+    assert repository_of(section | {"hub_model_id": "me/it", "hub_private_repo": False}) == ("me/it", False)
+    assert repository_of(section | {"push_to_hub": False}) == (None, True)
