@@ -107,7 +107,7 @@ class StatisticsPooling(SimpleAttentionPooling):
             parts = [*_mean_and_deviation(weights, padding, tokens), _maximum(padding, tokens, attention_mask)]
         if self.has_first_token:
             first = (~padding).long().argmax(dim=1)  # padding may stand in front
-            parts.append(tokens[torch.arange(len(tokens), device=tokens.device), first])
+            parts.append(tokens[torch.arange(tokens.shape[0], device=tokens.device), first])
         pieces = [F.normalize(piece, dim=-1) for part in parts for piece in part.split(self.layer_sizes, dim=-1)]
         return F.normalize(torch.cat(pieces, dim=-1), dim=-1)
 

@@ -4,9 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -24,6 +26,7 @@ from training.config import load_config
 from training.decoding.build import load_decoder
 from training.decoding.config import load_decoding_config
 from training.errors import ConfigError
+from training.export import export
 from training.push import main, push, repository_of
 from training.signals import SignalListener
 
@@ -32,11 +35,13 @@ REPO = "tester/colours"
 
 @pytest.fixture(scope="module")
 def finished(vision_dir: str, text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a run."""
+    """The output directory of a run, with its encoders as ONNX files."""
     config = write_run_config(tmp_path_factory.mktemp("pushed"), vision_dir, text_dir)
     run = load_config(config, ["trainer.epochs=1", "vision_encoder.feature_layers=[-1,-2]"])
     assert align(run, SignalListener()) == 0
-    return config.parent / "run"
+    output_dir = config.parent / "run"
+    export(Namespace(output_dir=output_dir, truncate_dim=None, output=None, parquet=None))
+    return output_dir
 
 
 @pytest.fixture
@@ -229,16 +234,21 @@ def test_every_snippet_of_the_card_runs_where_its_packages_alone_are(finished: P
         "pipeline": with_transformers,
         "modeling_edgeglass": Path(sys.executable),
         "sentence_transformers": make_bare_environment(tmp_path / "peer", "sentence-transformers", "pillow"),
+        "onnxruntime": make_bare_environment(tmp_path / "edge", "onnxruntime", "tokenizers", "huggingface_hub"),
     }
+    assert len(blocks) == len(interpreters)
     model, processor = load_model(str(finished / "model"))
-    expected = model.get_image_features(**processor(images=str(tmp_path / "picture.png")))
+    expected = {
+        "image_embeds": model.get_image_features(**processor(images=str(tmp_path / "picture.png"))),
+        "text_embeds": model.get_text_features(**processor(text=["a horse", "a yellow circle"])),
+    }
     for package, interpreter in interpreters.items():
         (block,) = [block for block in blocks if f"import {package}" in block or f"from {package}" in block]
-        save = "import torch\ntorch.save(torch.as_tensor(image_embeds), 'found.pt')"
-        run_snippet(hub, interpreter, f"{block}\n{save}", tmp_path)
-        found = torch.load(tmp_path / "found.pt").detach()
-        size = 64 if package == "pipeline" else 16
-        torch.testing.assert_close(found, truncate_embeds(expected, size).detach(), rtol=1e-5, atol=1e-6)
+        name = "text_embeds" if package == "onnxruntime" else "image_embeds"
+        run_snippet(hub, interpreter, f"{block}\nimport numpy\nnumpy.save('found.npy', {name})", tmp_path)
+        found = torch.from_numpy(numpy.load(tmp_path / "found.npy"))
+        size = 16 if name == "image_embeds" and package != "pipeline" else 64
+        torch.testing.assert_close(found, truncate_embeds(expected[name], size).detach(), rtol=1e-5, atol=1e-5)
 
 
 def snippets(files: Mapping[str, bytes]) -> list[str]:
@@ -249,6 +259,7 @@ def run_snippet(hub: HubServer, interpreter: Path, code: str, folder: Path) -> s
     """What some lines of Python print, run with their packages and the Hub alone."""
     here = Path(sys.executable) == interpreter
     environment = hub.environment(folder / "home") | ({"PYTHONPATH": str(ROOT)} if here else {})
+    code = f"import torch\ntorch.set_grad_enabled(False)\n{code}" if "onnxruntime" not in code else code
     done = subprocess.run([interpreter, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

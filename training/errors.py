@@ -60,7 +60,7 @@ def clear_write_errors(path: Path) -> Iterator[None]:
         if not _is_write_error(error):
             raise
         free = shutil.disk_usage(path.parent).free / 1e6
-        reason = printable(str(error).strip().splitlines()[0], 200)
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
         raise OutputError(
             f"{path.name} could not be written to {path.parent} ({reason}; {free:.0f} MB free): "
             "make room and start the same command again"
