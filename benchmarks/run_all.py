@@ -33,6 +33,7 @@ BENCHMARKS = (
     "memory",
     "evaluation",
     "generation",
+    "search",
     "startup",
 )
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
