@@ -112,7 +112,11 @@ def test_items_are_what_the_sources_hold_in_order(alignment: str, folder: Path, 
     for number in range(2):
         write_pairs(tmp_path / f"shard-{number}.parquet", 3, first=3 * number)
     shards = open_pictures(f"{tmp_path}/shard-*.parquet", transform)
-    assert [shards[i].item for i in range(6)] == [Item(f"shard-{i // 3}.parquet", i % 3, f"id-{i}") for i in range(6)]
+    captions = ("red", "green", "blue", "yellow", "purple", "orange")
+    assert [shards[i].item for i in range(6)] == [
+        Item(f"shard-{i // 3}.parquet", i % 3, f"id-{i}", f"{caption} dot number {i}")
+        for i, caption in enumerate(captions)
+    ]
 
 
 def test_what_cannot_be_read_is_told_once_and_left_out(command, alignment: str, folder: Path, tmp_path: Path, caplog):
@@ -141,17 +145,18 @@ def test_bad_rows_of_a_parquet_are_left_out_but_not_those_without_a_caption(
     command("build", alignment, tmp_path / "a.parquet", tmp_path / "index", "--max-bad-fraction", 0.5)
     items = EdgeGlassIndex(tmp_path / "index").items(range(5))
     assert [item.row for item in items] == [0, 2, 3, 4, 5]
-    assert "a.parquet:1 (id-1): no readable picture" in caplog.text
+    assert "a.parquet:1 (id-1)  green dot number 1: no readable picture" in caplog.text
 
 
 def test_names_and_ids_are_printed_without_control_codes(command, alignment: str, tmp_path: Path):
     rows = pyarrow.parquet.read_table(write_pairs(tmp_path / "a.parquet", 3)).to_pylist()
-    rows[0]["sample_id"] = "\x1b[2J\n"
+    rows[0] |= {"sample_id": "\x1b[2J\n", "caption": "red\n\x1b[2J " + 99 * "long "}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     command("build", alignment, tmp_path / "a.parquet", tmp_path / "index")
     lines = command("find", tmp_path / "index", "red")
     assert len(lines) == 3
-    assert any(line.endswith(r"a.parquet:0 (\x1b[2J\n)") for line in lines)
+    (line,) = [line for line in lines if r"a.parquet:0 (\x1b[2J\n)  red \x1b[2J long long" in line]
+    assert len(line) < 150
 
 
 def test_an_index_knows_its_model(

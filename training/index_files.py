@@ -25,7 +25,8 @@ LENGTHS = {"float32": 1.0, "float16": 32768.0}
 ROWS_PER_GROUP = 1024  # of the items: what is read to know one of them
 
 _FORMAT = 1
-_SCHEMA = pyarrow.schema({"file": pyarrow.string(), "row": pyarrow.int64(), "sample_id": pyarrow.string()})
+_TEXT, _ROW = pyarrow.string(), pyarrow.int64()
+_SCHEMA = pyarrow.schema({"file": _TEXT, "row": _ROW, "sample_id": _TEXT, "caption": _TEXT})
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class Item:
         file: Path of a picture within its folder, or the name of a parquet file.
         row: Row of the parquet file, from 0.
         sample_id: The row's id.
+        caption: How the row's caption begins.
     """
 
     file: str
     row: int | None = None
     sample_id: str | None = None
+    caption: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}" if self.row is None else f"{self.file}:{self.row} ({self.sample_id})"
+        place = f"{self.file}" if self.row is None else f"{self.file}:{self.row} ({self.sample_id})"
+        return f"{place}  {self.caption}" if self.caption else place
 
 
 Batch = tuple[np.ndarray, Sequence[Item]]

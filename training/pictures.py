@@ -17,6 +17,8 @@ from training.index_files import Item
 from training.parquet import find_parquet_files
 from training.transforms import Transform, load_pixels
 
+_CAPTION_LENGTH = 80  # letters that are kept to tell what was found
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -91,7 +93,8 @@ class ParquetPictures(Dataset[Picture]):
     def __getitem__(self, index: int) -> Picture:
         stored = self.rows.pairs[index]
         file, row = self.rows.pairs.where(index)
-        item = Item(os.path.basename(file), row, stored.sample_id)
+        caption = " ".join((stored.caption or "")[:_CAPTION_LENGTH].split())
+        item = Item(os.path.basename(file), row, stored.sample_id, caption)
         try:
             return Picture(item, self.rows.pixels(stored, random.Random(0)))
         except BadRowError as error:
