@@ -14,30 +14,26 @@ from training.errors import ConfigError
 # Tokens of the Hub and of W&B, as they are printed by their makers.
 _TOKENS = re.compile(rb"hf_[A-Za-z0-9]{30,}|(?i:api_key|token)[\"']?\s*[:=]\s*[\"']?[0-9a-f]{40}\b")
 
-_DATA_FILE = re.compile(r"\.(parquet|csv|json|ya?ml|safetensors)$|[*?]")
+_DATA_FILE = re.compile(r"\.(parquet|csv|json|ya?ml|safetensors)$|^\S*[*?]\S*$")
 
 
 def public_name(name: str) -> str:
     """A name without its place on this machine: the last part of a path; ids on the Hub and addresses as they are."""
-    if "://" in name or not name.strip():
+    if "://" in name or "/" not in name.replace("\\", "/"):
         return name
-    is_path = name.startswith(("/", "~", ".")) or "\\" in name or os.path.exists(name)
-    is_path = is_path or (name.count("/") > 1 and " " not in name)  # an id has one
-    is_file = _DATA_FILE.search(name) and "/" in name
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path or is_file else name
+    begins_as_path = name.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[/\\]", name)
+    has_parts = name.count("/") > 1 and " " not in name  # an id has two
+    if begins_as_path or has_parts or _DATA_FILE.search(name) or os.path.exists(name):
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name
 
 
-def public_settings(settings: Any, key: str = "") -> Any:
-    """Settings as they may be shown: names of files and directories are `public_name`s.
-
-    Args:
-        settings: What JSON or YAML holds.
-        key: Where in the whole it stands, by its last name.
-    """
+def public_settings(settings: Any) -> Any:
+    """What JSON or YAML holds, as it may be shown: names of files and directories are `public_name`s."""
     if isinstance(settings, Mapping):
-        return {name: public_settings(value, name) for name, value in settings.items()}
+        return {name: public_settings(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
-        return [public_settings(value, key) for value in settings]
+        return [public_settings(value) for value in settings]
     return public_name(settings) if isinstance(settings, str) else settings
 
 

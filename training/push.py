@@ -1,7 +1,7 @@
 """Push a finished run to the Hub: a repository that loads in five ways and tells its own story.
 
     python -m training.push outputs/demo user/name --dry_run
-    python -m training.push outputs/demo user/name --licence apache-2.0
+    python -m training.push outputs/demo user/name --license apache-2.0
 
 One commit holds the model with its code, a model card, figures, metrics.json and the settings of the run. No file
 tells a token or a place on this machine. The repository is private unless --public is given. Cut off, the same command
@@ -168,7 +168,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("output_dir", type=Path, help="output directory of a finished run")
     parser.add_argument("repo_id", help="repository on the Hub: user/name")
     parser.add_argument("--public", action="store_true", help="make a new repository that everybody sees")
-    parser.add_argument("--licence", help="of the model, as the Hub names it, such as apache-2.0 (default: none said)")
+    parser.add_argument(
+        "--license", dest="licence", help="of the model, as the Hub names it, such as apache-2.0 (default: none said)"
+    )
     parser.add_argument("--alignment", help="of a bridge: id on the Hub of its alignment, where its config has a path")
     parser.add_argument("--language_model", help="likewise of its language model")
     parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
