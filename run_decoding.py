@@ -35,6 +35,7 @@ def decode(config: DecodingConfig, signals: SignalListener) -> int:
         build_decoding_arguments,
         build_decoding_datasets,
         build_decoding_processor,
+        check_ends_can_be_pushed,
         frozen_decoder_weights,
         save_decoder,
     )
@@ -51,6 +52,7 @@ def decode(config: DecodingConfig, signals: SignalListener) -> int:
         check_scorers()
 
     model = build_decoder(config, args.seed)
+    check_ends_can_be_pushed(config, model)
     processor = build_decoding_processor(config, model)
     with args.main_process_first(desc="convert the parquet files"):
         datasets = build_decoding_datasets(config, processor, args.seed)

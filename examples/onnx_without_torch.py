@@ -14,6 +14,8 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
 folder, picture, texts = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 settings = json.loads((folder / "export.json").read_text())["image"]
 side = settings["size"]  # pixels

@@ -64,7 +64,8 @@ class _Encoder(nn.Module):
             features: What `features` gives, in any precision; or what `pool` gives (B, pooled_size).
             attention_mask: 1 for a real token, 0 for padding (B, N); None takes all as real.
         """
-        return truncate_embeds(self.projection(self.pool(features, attention_mask)), None)
+        pooled = self.pool(features, attention_mask).to(self.projection.weight.dtype)  # statistics are float32
+        return truncate_embeds(self.projection(pooled), None)
 
     def pool(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pool features (B, N, hidden_size) to one vector per sample (B, pooled_size); what is pooled stays so."""

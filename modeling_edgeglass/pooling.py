@@ -61,7 +61,7 @@ class SimpleAttentionPooling(nn.Module):
         return self._weights(*clear_padding(tokens, attention_mask))
 
     def _weights(self, padding: Tensor, tokens: Tensor) -> Tensor:
-        scores = (tokens @ self.score).float()  # (B, N)
+        scores = (tokens @ self.score.to(tokens.dtype)).float()  # (B, N)
         scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1).masked_fill(padding, 0.0)  # an all-padding row pools to zeros, not NaN
 

@@ -42,6 +42,10 @@ class EdgeGlassProcessor(ProcessorMixin):
     valid_processor_kwargs = EdgeGlassProcessorKwargs
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        if tokenizer is not None:
+            # What a text tower takes: pipelines hand a model all that its tokenizer gives.
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # is what gets saved
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
@@ -110,10 +114,7 @@ class EdgeGlassProcessor(ProcessorMixin):
                 f"vision tower {vision!r} has no preprocessor_config.json: mean and std unknown"
             ) from error
         try:
-            # What a text tower takes: pipelines hand a model all that its tokenizer gives.
-            tokenizer = AutoTokenizer.from_pretrained(
-                text, model_input_names=["input_ids", "attention_mask"], **text_hub
-            )
+            tokenizer = AutoTokenizer.from_pretrained(text, **text_hub)
         except (OSError, ValueError) as error:
             raise ValueError(f"text tower {text!r} has no tokenizer") from error
         if image_size is None:

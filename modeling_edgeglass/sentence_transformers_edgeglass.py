@@ -17,7 +17,11 @@ class _Features(dict[str, Any]):
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, F.normalize(value, dim=-1) if name == _EMBEDDING else value)
+        if name == _EMBEDDING:
+            if value.shape[-1] == 0:
+                raise ValueError("truncate_dim must be 1 or more: nothing is left of the embeddings")
+            value = F.normalize(value, dim=-1)
+        super().__setitem__(name, value)
 
 
 class EdgeGlassTransformer(Transformer):

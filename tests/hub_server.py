@@ -8,7 +8,7 @@ Answers, headers and codes are those that the client reads. It knows less than t
 - A stranger who asks for what is not there or private gets 401, as from the Hub; the client takes that alone for a
   missing repository over https only, so here it comes with the code `RepoNotFound`.
 - Lists have no pages, tags come from the model card alone, and the storage's URLs are not signed.
-- A card's metadata is checked for the fields that `model-index` requires, and not for licenses or languages.
+- A card's metadata is checked for the fields that `model-index` requires and for a few licenses, not for languages.
 """
 
 import base64
@@ -30,6 +30,7 @@ import yaml
 from tests.commands import ROOT
 
 USER = "tester"
+LICENSES = ("apache-2.0", "mit", "gemma", "other")  # some that the Hub knows
 LARGEST_REGULAR = 10_000_000  # bytes
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
 DATE = "2026-01-01T00:00:00.000Z"  # of all: time is no matter here
@@ -429,7 +430,10 @@ def check_card(readme: str) -> tuple[list[str], list[str]]:
         return [], ["empty or missing yaml metadata in repo card"]
     if not isinstance(metadata, dict):
         return ['"value" must be of type object'], []
-    return what_is_missing(metadata.get("model-index", []), MODEL_INDEX, "model-index"), []
+    errors = what_is_missing(metadata.get("model-index", []), MODEL_INDEX, "model-index")
+    if metadata.get("license", LICENSES[0]) not in LICENSES:
+        errors.append(f'"license" must be one of {", ".join(LICENSES)}')
+    return errors, []
 
 
 def what_is_missing(value: Any, required: Any, name: str) -> list[str]:

@@ -195,6 +195,13 @@ def test_what_cannot_be_loaded_is_told_in_one_line(name: str, message: str):
     assert "\n" not in str(caught.value)
 
 
+def test_slips_in_the_name_of_a_directory_are_found_before_the_hub_is_asked(repository: Path):
+    with pytest.raises(ConfigError, match=rf"is a run's output directory; its model is {repository}$"):
+        load_model(str(repository.parent))
+    with pytest.raises(ConfigError, match=rf"modle: there is no such directory in {repository.parent}$"):
+        load_model(str(repository.with_name("modle")))
+
+
 def test_a_missing_tokenizer_is_told(repository: Path, tmp_path: Path):
     for file in repository.iterdir():
         if not file.name.startswith("tokenizer"):

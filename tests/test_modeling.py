@@ -35,7 +35,13 @@ def test_auto_classes_know_the_model(model: EdgeGlassModel, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_precision_loads_and_gives_unit_vectors(model: EdgeGlassModel, batch, dtype: torch.dtype, tmp_path):
+@pytest.mark.parametrize("pooling_type", ["simple", "multihead", "statistics"])
+def test_every_precision_loads_and_gives_unit_vectors(
+    config: EdgeGlassConfig, batch, pooling_type: str, dtype: torch.dtype, tmp_path
+):
+    config.vision_pooling_type = config.text_pooling_type = pooling_type
+    torch.manual_seed(0)
+    model = EdgeGlassModel(config)
     model.eval().save_pretrained(tmp_path)
     loaded = EdgeGlassModel.from_pretrained(tmp_path, dtype=dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
@@ -43,6 +49,9 @@ def test_every_precision_loads_and_gives_unit_vectors(model: EdgeGlassModel, bat
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(6))
     cosines = (embeds * model.get_image_features(batch["pixel_values"], truncate_dim=16)).sum(dim=-1)
     assert cosines.min() > 0.99
+    texts = loaded.get_text_features(batch["input_ids"], batch["attention_mask"])
+    expected = model.get_text_features(batch["input_ids"], batch["attention_mask"])
+    assert (texts * expected).sum(dim=-1).min() > 0.99
 
 
 def test_features_are_the_prefixes_of_the_embeddings(model: EdgeGlassModel, batch):

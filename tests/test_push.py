@@ -17,8 +17,8 @@ from modeling_edgeglass import truncate_embeds
 from run_alignment import align
 from run_decoding import decode
 from tests.bare_environment import make_bare_environment
-from tests.commands import ROOT, final_metrics
-from tests.conftest import picture, write_run_config
+from tests.commands import ROOT, final_metrics, start
+from tests.conftest import picture, write_pairs, write_run_config
 from tests.decoding_runs import write_decoding_config
 from tests.hub_server import File, HubServer, Repository
 from training.build import load_model, save_alignment
@@ -27,6 +27,7 @@ from training.decoding.build import load_decoder
 from training.decoding.config import load_decoding_config
 from training.errors import ConfigError
 from training.export import export
+from training.model_card import alignment_parts
 from training.push import main, push, repository_of
 from training.signals import SignalListener
 
@@ -155,7 +156,7 @@ def test_a_dry_run_lists_what_would_go_and_asks_nobody(finished: Path, hub: HubS
     main()
     assert not hub.repositories[REPO].private
     assert set(re.findall(r"MB  (.+)", listed)) == set(sent(hub)) - {".gitattributes"}
-    assert "files would go to tester/colours (private)" in listed
+    assert "files would go to tester/colours (private, if it is new)" in listed
 
 
 def test_errors_of_the_hub_are_one_line(finished: Path, hub: HubServer, monkeypatch):
@@ -183,9 +184,48 @@ def test_a_name_alone_is_ones_own(finished: Path, hub: HubServer):
     assert f'from_pretrained("{REPO}"' in sent(hub)["README.md"].decode()
 
 
+def test_what_everybody_sees_is_not_pushed_to_by_accident(finished: Path, hub: HubServer):
+    push(finished, REPO, private=False)
+    with pytest.raises(ConfigError, match=f"{REPO} is there, and everybody sees it: .* --public or trainer.hub_priv"):
+        push(finished, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_what_was_made_of_other_weights_is_left_out_and_taken_away(output_dir: Path, hub: HubServer):
+    command = [
+        "-m",
+        "training.evaluate",
+        output_dir / "model",
+        output_dir.parents[0] / "test.parquet",
+        "--batch-size",
+        4,
+    ]
+    write_pairs(output_dir.parents[0] / "test.parquet", 6, first=30)
+    start(sys.executable, *command)
+    (output_dir / "onnx" / ".DS_Store").write_text("of a Mac")
+    push(output_dir, REPO)
+    files = sent(hub)
+    assert {"onnx/image_encoder.onnx", "onnx/export.json"} < set(files)
+    assert "onnx/.DS_Store" not in files
+    card = files["README.md"].decode()
+    assert "`test`:" in card
+    assert {result.dataset_split for result in ModelCard(card).data.eval_results} == {"val", "test"}
+    model, _ = load_model(str(output_dir / "model"))
+    torch.nn.init.ones_(model.logit_scale)
+    save_alignment(model, output_dir / "model")
+    push(output_dir, REPO)
+    files = sent(hub)
+    assert not [name for name in files if name.startswith("onnx/")]
+    assert "`test`:" not in files["README.md"].decode()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda run: (run / "config.yaml").write_text("dataset: [unclosed"), r"config\.yaml: is damaged"),
+        (lambda run: (run / "model" / "config.json").write_text("{"), r"model/config\.json: is damaged"),
+        (lambda run: (run / "environment.json").write_text("[]"), r"environment\.json: is damaged"),
+        (lambda run: (run / "emissions.csv").write_text("a,b\n1,2\n"), r"emissions\.csv: is no file of CodeCarbon's"),
         (lambda run: (run / "final_metrics.json").unlink(), r"holds no finished run: there is no final_metrics\.json"),
         (lambda run: shutil.rmtree(run / "model"), r"holds no finished run: there is no model/config\.json"),
         (
@@ -198,6 +238,32 @@ def test_what_cannot_be_pushed_is_told(output_dir: Path, spoil, message: str):
     spoil(output_dir)
     with pytest.raises(ConfigError, match=message):
         push(output_dir, REPO)
+
+
+def test_a_card_that_the_hub_refuses_is_told(finished: Path, hub: HubServer):
+    with pytest.raises(ConfigError, match=r"the Hub refuses the model card: .*license"):
+        push(finished, REPO, licence="mine")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: other\nlicense_name: llama3", "llama3"),
+        ("license: [", "not stated where it came from"),
+        (b"\xff", "not stated where it came from"),
+    ],
+)
+def test_a_towers_card_says_its_licence(card: str | bytes, licence: str, tmp_path: Path):
+    (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else f"---\n{card}\n---\n".encode())
+    side = {"model_type": "vit"}
+    config = {
+        f"{name}_{key}": value
+        for name in ("vision", "text")
+        for key, value in {"name_or_path": str(tmp_path), "revision": None, "config": side, "freeze": True}.items()
+    }
+    assert {part.licence for part in alignment_parts(config, ask_hub=True)} == {licence}
 
 
 def test_the_card_tells_the_run(output_dir: Path, hub: HubServer):
@@ -309,6 +375,9 @@ def test_a_bridge_is_pushed_when_its_ends_are(described: Path, hub: HubServer, t
         ConfigError, match=r"holds a bridge to .*/alignment, which lies on this machine alone: .*--align"
     ):
         push(described, REPO)
+    config = load_decoding_config(described / "config.yaml", ["trainer.push_to_hub=true"])
+    with pytest.raises(ConfigError, match=r"trainer\.push_to_hub: decoding\.alignment is a directory of this machine"):
+        decode(config, SignalListener())
     assert hub.requests == []
     for name in ("alignment", "language"):
         hub.repositories[f"tester/{name}"] = Repository(private=True)

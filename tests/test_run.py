@@ -102,7 +102,7 @@ def test_evaluation_names_its_numbers_and_its_file_after_the_parquet(saved: Path
     write_pairs(saved.parent / "val.parquet", 6)
     names = evaluate_saved(saved, saved.parent / "va*.parquet")
     assert {path.name for path in saved.parent.glob("*.json")} == {"va_metrics.json"}
-    assert {name.partition("/")[0] for name in names} == {"va"}
+    assert {name.partition("/")[0] for name in names} == {"va", "weights"}
 
 
 def test_evaluation_lists_bad_rows_beside_its_output_and_takes_another_limit(saved: Path, tmp_path: Path):

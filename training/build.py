@@ -120,6 +120,7 @@ def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
     Raises:
         ConfigError: There is none, or it cannot be read, or lacks weights.
     """
+    check_place(name_or_path)
     try:
         kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", "unknown")
         if kind != EdgeGlassConfig.model_type:
@@ -134,6 +135,19 @@ def load_model(name_or_path: str) -> tuple[EdgeGlassModel, EdgeGlassProcessor]:
             f"{name_or_path}: no whole EdgeGlass model: it lacks {len(missing)} weights, such as {missing[0]}"
         )
     return model, processor
+
+
+def check_place(name_or_path: str) -> None:
+    """Find slips in the name of a directory before the Hub is asked for it.
+
+    Raises:
+        ConfigError: It is that of a run, or one beside which there are others is missing.
+    """
+    path = Path(name_or_path)
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
+        raise ConfigError(f"{name_or_path}: is a run's output directory; its model is {path / 'model'}")
+    if not path.exists() and path.parent.is_dir() and len(path.parts) > 1:
+        raise ConfigError(f"{name_or_path}: there is no such directory in {path.parent}")
 
 
 def image_transforms(processor: EdgeGlassProcessor, *, is_training: bool) -> ImageTransform:

@@ -31,6 +31,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from training.arguments import build_evaluation_arguments
     from training.cpu import prepare_cpu
+    from training.files import weights_fingerprint
     from training.history import logged_names
     from training.results import save_metrics
     from training.run import leave
@@ -65,7 +66,9 @@ def evaluate(options: argparse.Namespace) -> None:
     metrics = {f"{split}/{name[4:]}": value for name, value in metrics.items() if name.startswith("val/")}
     if args.should_save:
         print(describe(metrics, split))
-        save_metrics(metrics, output)
+        # So that nobody takes them for those of another model in the same place.
+        weights = {"weights": weights_fingerprint(Path(options.model))} if Path(options.model).is_dir() else {}
+        save_metrics(metrics | weights, output)
         print(f"metrics: {output}")
     leave(trainer)
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,15 +43,16 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         OutputError: The disk is full.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f'an export wants {" and ".join(missing)}: pip install "edgeglass[onnx]"')
+        raise ConfigError(f"an export wants {' and '.join(missing)}: pip install {' '.join(missing)}")
     if not options.output_dir.is_dir():
         raise ConfigError(f"{options.output_dir}: is no directory; name a run's output directory or a saved model's")
     # As in run_alignment.py, --help does not wait for torch.
     from training.build import load_model
+    from training.files import weights_fingerprint
     from training.onnx_encoders import write_encoders
 
-    saved = options.output_dir / "model"
-    model, processor = load_model(str(saved if saved.is_dir() else options.output_dir))
+    source = options.output_dir / "model" if (options.output_dir / "model").is_dir() else options.output_dir
+    model, processor = load_model(str(source))
     full = model.config.projection_dim
     if options.truncate_dim is not None and not 1 <= options.truncate_dim <= full:
         raise ConfigError(f"--truncate_dim: must be in 1..{full}, got {options.truncate_dim}")
@@ -58,6 +60,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     with written_aside(options.output or options.output_dir / "onnx") as folder:
         save_tokenizer(processor.tokenizer, folder / "tokenizer.json")
         report = write_encoders(model.float().eval(), processor, options.truncate_dim, dataset, folder)
+        report["weights"] = weights_fingerprint(source)
         report["recall"] = None if dataset is None else measure_recall(folder, processor, dataset)
         report["recall_not_measured"] = reason
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -74,22 +77,23 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / REPORT).is_file():
         raise ConfigError(f"{folder}: is there and no export, so that it is not replaced; --output names another")
-    aside, replaced = (folder.with_name(f"{word}-{folder.name}") for word in ("unfinished", "replaced"))
     try:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); --output names another") from error
+    aside, replaced = work / "new", work / "old"
     try:
         with clear_write_errors(folder):
+            aside.mkdir()
             yield aside
             if folder.exists():
                 folder.rename(replaced)
             aside.rename(folder)
     finally:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def find_pairs(options: argparse.Namespace, processor: Any) -> tuple[Any, str | None]:
@@ -239,8 +243,15 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="a run's output directory, or that of a saved model")
     parser.add_argument("--onnx", action="store_true", required=True, help="the format, of which there is one so far")
-    parser.add_argument("--truncate_dim", type=int, help="numbers of an embedding (default: all; users can cut those)")
-    parser.add_argument("--output", type=Path, help="directory of the export (default: OUTPUT_DIR/onnx)")
+    parser.add_argument(
+        "--truncate_dim",
+        "--truncate-dim",
+        type=int,
+        help="numbers of an embedding (default: all; users can cut those)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="directory of the export (default: OUTPUT_DIR/onnx); one is replaced"
+    )
     parser.add_argument(
         "--parquet", help="pairs to measure recall on (default: val_parquet of OUTPUT_DIR/config.yaml)"
     )

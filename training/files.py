@@ -37,6 +37,11 @@ def fingerprint(files: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """`fingerprint` of a saved model's weights: what was measured with it or made of it goes with no other."""
+    return fingerprint(sorted(str(path) for path in folder.glob("*.safetensors")))
+
+
 def sync(path: Path) -> None:
     """Have the system write a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

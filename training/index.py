@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from training.errors import ConfigError, DataError
+from training.errors import ConfigError, DataError, printable
 from training.index_files import (
     EMBEDDINGS,
     ITEMS,
@@ -114,13 +114,17 @@ class EdgeGlassIndex:
         """What lies at places in the index, from 0.
 
         Raises:
+            ConfigError: There is no such place.
             DataError: The file of the items is damaged.
         """
+        places = [int(position) for position in positions]
+        if wrong := [place for place in places if not 0 <= place < len(self)]:
+            raise ConfigError(f"the index has places 0 to {len(self) - 1}, and not {wrong[0]}")
         try:
             with pyarrow.parquet.ParquetFile(self.folder / ITEMS) as file:
-                return [_read_item(file, int(position)) for position in positions]
+                return [_read_item(file, place) for place in places]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, TypeError, IndexError) as error:
-            raise DataError(f"{self.folder / ITEMS}: is damaged: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{self.folder / ITEMS}: is damaged: {printable(str(error), 200)}") from error
 
     def search(
         self,
@@ -185,6 +189,8 @@ class EdgeGlassIndex:
         for start in range(0, len(self), rows_at_once):
             rows = np.asarray(self._embeddings[start : start + rows_at_once, :size], dtype=np.float32)
             cosines = (rows @ queries.T).T  # (Q, rows); the other way round is slow for few queries
+            if not np.isfinite(cosines).all():
+                raise DataError(f"{self.folder / EMBEDDINGS}: holds NaN or infinite numbers; build the index anew")
             if size < self.sizes[-1] or self._embeddings.dtype != np.float32:  # else they are of unit length
                 cosines /= _lengths(rows)
             best = np.partition(np.concatenate([best, cosines], axis=1), -k, axis=1)[:, -k:]  # the k-th comes first
@@ -230,9 +236,7 @@ class EdgeGlassIndex:
         try:
             import faiss
         except ImportError as error:
-            raise ConfigError(
-                'the funnel needs faiss: pip install "edgeglass[search]", or search exactly (--exact)'
-            ) from error
+            raise ConfigError("the funnel needs faiss: pip install faiss-cpu, or search exactly (--exact)") from error
         scanner = faiss.IndexScalarQuantizer(self.sizes[0], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         scanner.add_sa_codes(self._prefixes.view(np.uint8))  # its codes are the bytes of float16
         return scanner
@@ -249,6 +253,8 @@ class EdgeGlassIndex:
         unit_query = query[:size] / _lengths(query[None, :size].astype(np.float64))  # in float64
         cosines = np.einsum("nd,d->n", rows, unit_query.astype(dtype)) / _lengths(rows)
         order = np.argsort(-cosines, kind="stable")[:k]
+        if candidates[0] < 0 or not np.isfinite(cosines[order]).all():  # faiss says -1 where it finds no more numbers
+            raise DataError(f"{self.folder}: holds NaN or infinite numbers; build the index anew")
         return candidates[order], cosines[order]
 
 

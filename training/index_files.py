@@ -83,7 +83,7 @@ def read_metadata(folder: Path) -> Metadata:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{folder}: no index, which has a file {METADATA}; build makes one") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {printable(str(error), 200)}") from error
     if not isinstance(stored, dict) or stored.pop("format", None) != _FORMAT:
         raise DataError(f"{path}: is not of format {_FORMAT}; build the index anew")

@@ -13,13 +13,16 @@ import pyarrow.parquet
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from modeling_edgeglass import EdgeGlassConfig
 from training.environment import ENVIRONMENT
-from training.errors import DataError
+from training.errors import ConfigError, DataError, printable
+from training.files import weights_fingerprint
 from training.parquet import find_parquet_files
 from training.privacy import public_command, public_name
-from training.results import CONFIG, FINAL_METRICS
+from training.results import FINAL_METRICS, MODEL_FOLDER
 from training.tables import DESCRIPTION_COLUMNS, DESCRIPTION_UNITS, description_rows, recall_rows
 
 CARBON = "emissions.csv"  # CodeCarbon's, where trainer.report_to names it
@@ -48,31 +51,43 @@ class Part:
     on_hub: bool
 
 
-def model_card(output_dir: Path, repo_id: str, config: Mapping[str, Any], files: Set[str], licence: str | None) -> str:
+def model_card(
+    output_dir: Path,
+    repo_id: str,
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    files: Set[str],
+    *,
+    licence: str | None,
+    ask_hub: bool,
+) -> str:
     """README.md of a repository: metadata for the Hub, then text for people.
 
     Args:
         output_dir: The run's output directory.
         repo_id: Of the repository; the examples name it.
         config: The model's.
+        settings: The run's.
         files: Paths in the repository besides the card.
         licence: Of the model, as the Hub names it; None where nobody said.
+        ask_hub: Look up there under which licence the towers are.
+
+    Raises:
+        ConfigError: A file of the run cannot be read.
     """
     is_alignment = config["model_type"] == EdgeGlassConfig.model_type
     metrics = read_metrics(output_dir)
-    parts = alignment_parts(config) if is_alignment else decoder_parts(config)
-    settings: Any = OmegaConf.to_container(OmegaConf.load(output_dir / CONFIG))
+    parts = alignment_parts(config, ask_hub) if is_alignment else decoder_parts(config, ask_hub)
     alignment = config if is_alignment else config["alignment_config"]
     emissions = read_emissions(output_dir / CARBON)
-    loader = jinja2.PackageLoader("training", "model_cards")
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.PackageLoader("training", "model_cards"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    run = json.loads((output_dir / ENVIRONMENT).read_text())
+    run = read_json(output_dir / ENVIRONMENT)
     text = environment.get_template("alignment.md.jinja" if is_alignment else "decoder.md.jinja").render(
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -82,6 +97,7 @@ def model_card(output_dir: Path, repo_id: str, config: Mapping[str, Any], files:
         parts=parts,
         settings=settings,
         data={split: describe_data(settings["dataset"][f"{split}_parquet"]) for split in ("train", "val")},
+        val_has_chosen=settings["trainer"].get("eval_strategy", "epoch") not in ("no", False),
         metrics=metrics,
         recall_rows=recall_rows,
         description_columns=DESCRIPTION_COLUMNS,
@@ -107,58 +123,117 @@ def model_card(output_dir: Path, repo_id: str, config: Mapping[str, Any], files:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def read_metrics(output_dir: Path) -> dict[str, dict[str, float]]:
-    """The metrics of each set that the model was measured on, val first, under the logged names."""
-    found = {"val": json.loads((output_dir / FINAL_METRICS).read_text())}
-    for path in sorted(output_dir.glob("*_metrics.json")):
-        metrics, split = json.loads(path.read_text()), path.name.removesuffix("_metrics.json")
-        if all(name.startswith(f"{split}/") for name in metrics):  # what training.evaluate wrote
-            found.setdefault(split, metrics)
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a run holds.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged: {printable(str(error), 200)}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: is damaged: it holds no names and values")
     return found
 
 
-def alignment_parts(config: Mapping[str, Any]) -> list[Part]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The resolved config of a run.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not {"dataset", "optimization", "trainer"} <= set(settings):
+            raise ValueError("a section is missing")
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: is damaged: {printable(str(error), 200)}") from error
+    return settings
+
+
+def read_metrics(output_dir: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each set that the model was measured on, val first, under the logged names.
+
+    What `training.evaluate` measured of a model that was there before is passed over.
+    """
+    found = {"val": read_json(output_dir / FINAL_METRICS)}
+    for path in sorted(output_dir.glob("*_metrics.json")):
+        split = path.name.removesuffix("_metrics.json")
+        if split not in ("final", "val", "untrained") and is_of_model(path, output_dir / MODEL_FOLDER):
+            found[split] = {name: value for name, value in read_json(path).items() if name.startswith(f"{split}/")}
+    return found
+
+
+def is_of_model(path: Path, model: Path) -> bool:
+    """Whether what a JSON file tells was measured with the weights of a saved model, or made of them."""
+    return path.is_file() and read_json(path).get("weights") == weights_fingerprint(model)
+
+
+def alignment_parts(config: Mapping[str, Any], ask_hub: bool) -> list[Part]:
     """The two backbones of an alignment's config."""
     return [
         _part(
             f"{side} tower",
             config[f"{side}_name_or_path"],
+            config[f"{side}_revision"],
             config[f"{side}_config"]["model_type"],
             "frozen" if config[f"{side}_freeze"] else "trained",
+            ask_hub,
         )
         for side in ("vision", "text")
     ]
 
 
-def decoder_parts(config: Mapping[str, Any]) -> list[Part]:
+def decoder_parts(config: Mapping[str, Any], ask_hub: bool) -> list[Part]:
     """The alignment and the language model of a decoder's config."""
-    language = config["text_config"]["model_type"], config["language_training"]
+    kinds = {
+        "alignment": (EdgeGlassConfig.model_type, "frozen"),
+        "language": (config["text_config"]["model_type"], config["language_training"]),
+    }
+    roles = {"alignment": "alignment", "language": "language model"}
     return [
-        _part("alignment", config["alignment_name_or_path"], EdgeGlassConfig.model_type, "frozen"),
-        _part("language model", config["language_name_or_path"], *language),
+        _part(roles[end], config[f"{end}_name_or_path"], config[f"{end}_revision"], *kinds[end], ask_hub)
+        for end in roles
     ]
 
 
-def _part(role: str, name_or_path: str | None, model_type: str, training: str) -> Part:
-    name = public_name(name_or_path or "unknown")
-    on_hub = name == name_or_path and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-    return Part(role, name, model_type, training, _licence(name_or_path), on_hub)
+def is_on_hub(name_or_path: str, revision: str | None) -> bool:
+    """Whether a part came from the Hub, of which its commit is kept; a directory may have a name like an id."""
+    return revision is not None and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path))
 
 
-def _licence(name_or_path: str | None) -> str:
-    """What the card of a model says; without a network, of one in a directory alone."""
-    if name_or_path is None:
-        return _LICENCE_UNKNOWN
-    card = Path(name_or_path) / "README.md"
-    if card.is_file():
-        return ModelCard.load(card).data.get("license") or _LICENCE_UNKNOWN
-    if Path(name_or_path).exists():
-        return _LICENCE_UNKNOWN
+def _part(
+    role: str, name_or_path: str | None, revision: str | None, model_type: str, training: str, ask_hub: bool
+) -> Part:
+    place = name_or_path or "unknown"
+    on_hub = is_on_hub(place, revision)
+    licence = _licence_there(place) if on_hub and ask_hub else _licence_here(Path(place))
+    return Part(role, place if on_hub else public_name(place), model_type, training, licence, on_hub)
+
+
+def _licence_here(folder: Path) -> str:
+    """What the card in a directory says."""
     try:
-        data = model_info(name_or_path).card_data
+        return _stated(ModelCard.load(folder / "README.md").data)
+    except (OSError, ValueError, YAMLError):  # there is none, or none that can be read
+        return _LICENCE_UNKNOWN
+
+
+def _licence_there(repo_id: str) -> str:
+    """What the card of a repository says."""
+    try:
+        return _stated(model_info(repo_id).card_data)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return _LICENCE_UNKNOWN  # the Hub cannot be asked, or knows no such model
-    return (data and data.get("license")) or _LICENCE_UNKNOWN
+        return _LICENCE_UNKNOWN  # the Hub cannot be asked, or knows no such model any more
+
+
+def _stated(card: Any) -> str:
+    stated = (card and card.get("license")) or _LICENCE_UNKNOWN
+    if stated == "other":
+        stated = card.get("license_name") or stated
+    return ", ".join(stated) if isinstance(stated, list) else str(stated)
 
 
 def describe_data(parquet: Any) -> str:
@@ -176,9 +251,12 @@ def read_emissions(path: Path) -> float | None:
     """Grams of CO2 equivalents in CodeCarbon's file, which has a line per session; None where there is none."""
     if not path.is_file():
         return None
-    with path.open(newline="") as file:
-        by_session = {row["run_id"]: float(row["emissions"]) for row in csv.DictReader(file)}  # kilograms so far
-    return round(1000 * sum(by_session.values()), 3)
+    try:
+        with path.open(newline="") as file:
+            by_session = {row["run_id"]: float(row["emissions"]) for row in csv.DictReader(file)}  # kilograms so far
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: is no file of CodeCarbon's: {printable(str(error))}; remove it") from error
+    return float(f"{1000 * sum(by_session.values()):.3g}")
 
 
 def evaluation_results(
@@ -187,7 +265,7 @@ def evaluation_results(
     """What the Hub shows beside the card: R@1 of every size, or the scores of descriptions."""
     results = []
     for split, values in metrics.items():
-        name = describe_data(settings["dataset"]["val_parquet"]).split("`")[1] if split == "val" else split
+        name = _first_name(settings["dataset"]["val_parquet"]) if split == "val" else split
         for metric, value in values.items():
             base, _, size = metric.removeprefix(f"{split}/").partition("@")
             if base not in (_RECALLS if is_alignment else _SCORES):
@@ -206,6 +284,10 @@ def evaluation_results(
                 )
             )
     return results
+
+
+def _first_name(parquet: Any) -> str:
+    return public_name(str(parquet if isinstance(parquet, str) else parquet[0]))
 
 
 _RECALLS = {"i2t_r1": "image to text R@1", "t2i_r1": "text to image R@1"}

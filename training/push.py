@@ -9,13 +9,17 @@ sends what is missing.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def main() -> None:
@@ -29,13 +33,20 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: str | None) -> str:
+# What we write: of an earlier push it must not stay beside what is sent now.
+_OURS = re.compile(
+    r"(onnx|plots|alignment_tokenizer)/.*|[^/]*\.(py|safetensors|safetensors\.index\.json|jinja)|tokenizer[^/]*|modules\.json"
+    r"|(sentence_bert_config|config_sentence_transformers|generation_config|processor_config)\.json"
+)
+
+
+def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: Any) -> str:
     """Make the repository where there is none, and send a finished run in one commit.
 
     Args:
         output_dir: The run's.
-        repo_id: `user/name`.
-        private: Of a new repository; one that is there stays as it is.
+        repo_id: `user/name`, or a name under one's own.
+        private: Of a new repository; one that everybody sees is refused unless this is False.
         **naming: `licence`, `alignment` and `language_model`, as `repository_files` takes them.
 
     Returns:
@@ -50,14 +61,12 @@ def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: str 
 
     api = HfApi()
     repo_id = whole_repo_id(repo_id, api)
-    files = repository_files(output_dir, repo_id, **naming)
+    files = repository_files(output_dir, repo_id, ask_hub=True, **naming)
+    open_repository(repo_id, private, api)
     with clear_hub_errors(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        there = api.list_repo_files(repo_id)
-        # Weights in another number of files would be loaded beside ours.
-        stale = [name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))]
+        stale = [name for name in api.list_repo_files(repo_id) if _OURS.fullmatch(name) and name not in files]
         operations: list[Any] = [
-            *(CommitOperationDelete(name) for name in stale if name not in files),
+            *map(CommitOperationDelete, stale),
             *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
         ]
         commit = api.create_commit(repo_id, operations, commit_message=f"EdgeGlass: {output_dir.resolve().name}")
@@ -84,9 +93,23 @@ def check_hub(repo_id: str, private: bool) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    repo_id = whole_repo_id(repo_id, api)
+    open_repository(whole_repo_id(repo_id, api), private, api)
+
+
+def open_repository(repo_id: str, private: bool, api: Any) -> None:
+    """Make a repository, unless it is there.
+
+    Raises:
+        ConfigError: The Hub refuses, or everybody sees what is there, and nobody said that this is meant.
+    """
     with clear_hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
+        is_public = not api.model_info(repo_id).private
+    if private and is_public:
+        raise ConfigError(
+            f"{repo_id} is there, and everybody sees it: make it private on the Hub, or say that this is meant, with "
+            "--public or trainer.hub_private_repo=false"
+        )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -129,19 +152,20 @@ def clear_hub_errors(repo_id: str) -> Iterator[None]:
         raise ConfigError(f"{repo_id}: {refusal(error)}") from error
     except HTTPError as error:
         raise ConfigError(f"{repo_id}: {constants.ENDPOINT} cannot be reached ({error}); push again later") from error
-    except RuntimeError as error:  # what huggingface_hub makes of a file that could not be sent
-        if "while uploading" not in str(error):
+    except ValueError as error:
+        if "Invalid metadata" not in str(error):
             raise
-        reason = f"{error} {error.__cause__ or ''}".split("\n")[0]
+        raise ConfigError(f"{repo_id}: the Hub refuses the model card: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:  # of a file that could not be sent, by huggingface_hub or hf_xet
+        reason = f"{error} {error.__cause__ or ''}".strip().split("\n")[0]
         raise ConfigError(f"{repo_id}: {reason}; the same command sends what is missing") from error
 
 
-def refusal(error: Exception) -> str:
+def refusal(error: "HfHubHTTPError") -> str:
     """Why the Hub refused, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
+    if error.response.status_code == 401:
         return "the Hub knows no such login; run `hf auth login` with a token that may write"
-    if status == 403:
+    if error.response.status_code == 403:
         return "your token may not write there; it wants the role `write`, and the user or organisation to be yours"
     return str(error).strip().splitlines()[0]
 
@@ -151,15 +175,15 @@ def listing(options: argparse.Namespace) -> str:
     from training.repository import repository_files
 
     check_repo_id(options.repo_id)
-    files = repository_files(options.output_dir, options.repo_id, **naming(options))
+    files = repository_files(options.output_dir, options.repo_id, ask_hub=False, **naming(options))
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in sorted(files.items())}
     lines = [f"{size / 1e6:10.3f} MB  {name}" for name, size in sizes.items()]
-    visibility = "public" if options.public else "private"
+    visibility = "public" if options.public else "private, if it is new"
     total = f"{sum(sizes.values()) / 1e6:10.3f} MB in {len(files)} files would go to {options.repo_id} ({visibility})"
     return "\n".join([*lines, total])
 
 
-def naming(options: argparse.Namespace) -> dict[str, str | None]:
+def naming(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("licence", "alignment", "language_model")}
 
 
@@ -172,8 +196,10 @@ def parse_options() -> argparse.Namespace:
         "--license", dest="licence", help="of the model, as the Hub names it, such as apache-2.0 (default: none said)"
     )
     parser.add_argument("--alignment", help="of a bridge: id on the Hub of its alignment, where its config has a path")
-    parser.add_argument("--language_model", help="likewise of its language model")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
+    parser.add_argument("--language_model", "--language-model", help="likewise of its language model")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="list what would be sent, and send nothing"
+    )
     return parser.parse_args()
 
 

@@ -10,12 +10,12 @@ from modeling_edgeglass import EdgeGlassConfig, EdgeGlassDecodingConfig
 from modeling_edgeglass.decoding_edgeglass import BRIDGE_FILE
 from training.environment import ENVIRONMENT
 from training.errors import ConfigError
-from training.model_card import model_card
-from training.privacy import check_private, public_name, public_settings
+from training.model_card import is_of_model, is_on_hub, model_card, read_json, read_settings
+from training.privacy import check_private, public_settings
 from training.results import CONFIG, FINAL_METRICS, MODEL_FOLDER
 from training.visualization.report import FIGURES
 
-ONNX_FOLDER = "onnx"
+ONNX_FOLDER, REPORT = "onnx", "export.json"  # of training.export
 
 Files = dict[str, Path | bytes]  # contents, or files of them, by their paths in the repository
 
@@ -27,6 +27,7 @@ def repository_files(
     licence: str | None = None,
     alignment: str | None = None,
     language_model: str | None = None,
+    ask_hub: bool = True,
 ) -> Files:
     """All files of the repository of a finished run.
 
@@ -36,16 +37,17 @@ def repository_files(
         licence: Of the model, as the Hub names it, such as `"apache-2.0"`.
         alignment: Of a bridge: id on the Hub of the alignment that it reads.
         language_model: Of a bridge: id on the Hub of the language model that it was trained for.
+        ask_hub: Look up there under which licence the towers are.
 
     Raises:
-        ConfigError: The run is not finished, a bridge's ends are on this machine alone, or a file holds what is
-            nobody's business.
+        ConfigError: The run is not finished, a file of it cannot be read, a bridge's ends are on this machine alone,
+            or a file holds what is nobody's business.
     """
     model = output_dir / MODEL_FOLDER
     needed = (f"{MODEL_FOLDER}/config.json", FINAL_METRICS, CONFIG, ENVIRONMENT)
     if missing := [name for name in needed if not (output_dir / name).is_file()]:
         raise ConfigError(f"{output_dir} holds no finished run: there is no {missing[0]}")
-    config = json.loads((model / "config.json").read_text())
+    config = read_json(model / "config.json")
     if config.get("model_type") not in (EdgeGlassConfig.model_type, EdgeGlassDecodingConfig.model_type):
         raise ConfigError(f"{model} holds a model of type {config.get('model_type')!r}, which is none of ours")
     if "auto_map" not in config:
@@ -54,23 +56,26 @@ def repository_files(
         config = _with_public_ends(config, model, alignment, language_model)
     elif alignment or language_model:
         raise ConfigError(f"{model} is whole: it names no alignment and no language model that could be exchanged")
-    files: Files = {
-        path.relative_to(model).as_posix(): path
-        for path in sorted(model.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(model).parts)
-    }
+    files: Files = dict(_visible_files(model))
     files["config.json"] = _as_json(public_settings(config))
     files["metrics.json"] = (output_dir / FINAL_METRICS).read_bytes()
-    run_config = OmegaConf.create(public_settings(OmegaConf.to_container(OmegaConf.load(output_dir / CONFIG))))
-    files["training_config.yaml"] = OmegaConf.to_yaml(run_config).encode()
+    settings = read_settings(output_dir / CONFIG)
+    files["training_config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(public_settings(settings))).encode()
     for name in FIGURES:
         if (path := output_dir / f"{name}.png").is_file():
             files[f"plots/{name}.png"] = path
-    for path in sorted((output_dir / ONNX_FOLDER).glob("*")):
-        files[f"{ONNX_FOLDER}/{path.name}"] = path
-    files["README.md"] = model_card(output_dir, repo_id, config, set(files), licence).encode()
-    check_private(files)
+    if is_of_model(output_dir / ONNX_FOLDER / REPORT, model):
+        files |= {f"{ONNX_FOLDER}/{name}": path for name, path in _visible_files(output_dir / ONNX_FOLDER).items()}
+    card = model_card(output_dir, repo_id, config, settings, set(files), licence=licence, ask_hub=ask_hub)
+    files["README.md"] = card.encode()
+    check_private(files, [output_dir])
     return files
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    """The files below a folder, by their paths in it; but those that are hidden, or in a hidden folder."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path for name, path in paths.items() if not any(part[0] == "." for part in name.parts)}
 
 
 def _with_public_ends(
@@ -80,9 +85,9 @@ def _with_public_ends(
     config = dict(config)
     for key, given in (("alignment", alignment), ("language", language_model)):
         if given:
-            config |= {f"{key}_name_or_path": given, f"{key}_revision": None}
+            config |= {f"{key}_name_or_path": given, f"{key}_revision": "main"}
         name = str(config[f"{key}_name_or_path"])
-        if public_name(name) != name:
+        if not is_on_hub(name, config[f"{key}_revision"]):
             option = "--alignment" if key == "alignment" else "--language_model"
             raise ConfigError(
                 f"{model} holds a bridge to {name}, which lies on this machine alone: push that first and give its id "

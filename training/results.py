@@ -95,7 +95,7 @@ def save_model(write: Callable[[Path], object], processor: ProcessorMixin, outpu
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_metrics(metrics: Mapping[str, float], path: str | os.PathLike[str]) -> None:
+def save_metrics(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write metrics as JSON, whole or not at all.
 
     Raises:

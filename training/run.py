@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.errors import UserError
+from training.errors import ConfigError, UserError
 from training.signals import Interrupted, SignalListener
 
 _SETTLING = 0.2  # seconds; a thread that waits for the interpreter takes microseconds
@@ -112,7 +113,7 @@ def train_to_the_end(
 
     repo_id, private = repository_of(config.trainer)
     if repo_id:
-        check_hub(repo_id, private)
+        check_together(partial(check_hub, repo_id, private), trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()  # until every rank has looked into the directory
     if args.should_save:
         clear_marks(output_dir)
@@ -146,6 +147,25 @@ def train_to_the_end(
             print(f"error: not pushed: {error}\npython -m training.push {output_dir} {repo_id} tries again")
             return 1
     return 0
+
+
+def check_together(check: Callable[[], None], is_main: bool) -> None:
+    """Have the main process find something out, and all processes hear it.
+
+    Raises:
+        ConfigError: In all of them, what `check` raised in one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    refusal: list[str | None] = [None]
+    if is_main:
+        try:
+            check()
+        except ConfigError as error:
+            refusal[0] = str(error)
+    broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise ConfigError(refusal[0])
 
 
 def leave(trainer: Any) -> None:

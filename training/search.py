@@ -77,7 +77,8 @@ def find(options: argparse.Namespace) -> None:
     except ConfigError as error:
         if options.model:
             raise
-        raise ConfigError(f"{error}; the index names it, --model names another") from error
+        raise ConfigError(f"{printable(str(error), 400)}; the index names it, --model names another") from error
+    name = printable(name, 200)
     if model.config.projection_dim != index.sizes[-1]:
         raise ConfigError(
             f"{name}: makes embeddings of {model.config.projection_dim} numbers, those of {options.index} have "
@@ -120,13 +121,14 @@ def embedded(
     """
     import torch
     from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     # Beside a model on the CPU there is no core to spare; an accelerator would wait for one that decodes.
     num_workers = 0 if model.device.type == "cpu" else min(8, len(pictures) // batch_size)
     loader = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=list)
     num_bad = 0
-    with tqdm(total=len(pictures), desc="embed", unit="picture") as bar:
+    with logging_redirect_tqdm(), tqdm(total=len(pictures), desc="embed", unit="picture") as bar:
         for batch in loader:
             for picture in batch:
                 if picture.defect is not None:
@@ -194,19 +196,25 @@ def parse_options() -> argparse.Namespace:
     build.add_argument("model", help="directory or Hub id of a saved EdgeGlass model with its processor")
     build.add_argument("source", help="folder of pictures, with the folders in it; or a parquet file or glob")
     build.add_argument("index", type=Path, help="folder to be made")
-    build.add_argument("--batch-size", type=int, default=64, help="pictures embedded at once (64)")
+    build.add_argument("--batch-size", "--batch_size", type=int, default=64, help="pictures embedded at once (64)")
     build.add_argument(
         "--dtype", default="float32", choices=("float32", "float16"), help="of the embeddings on disk (float32)"
     )
     build.add_argument(
-        "--max-bad-fraction", type=float, default=0.05, help="0..1, more bad pictures are an error (0.05)"
+        "--max-bad-fraction",
+        "--max_bad_fraction",
+        type=float,
+        default=0.05,
+        help="0..1, more bad pictures are an error (0.05)",
     )
     find = commands.add_parser("find", help="search an index")
     find.add_argument("index", type=Path, help="folder that build made")
     find.add_argument("query", help="a sentence, or the file of a picture")
     find.add_argument("--model", help="directory or Hub id in the place of the one that the index names")
     find.add_argument("--top", type=int, default=10, help="items to print (10)")
-    find.add_argument("--truncate_dim", type=int, help="numbers of the embeddings that are compared (default: all)")
+    find.add_argument(
+        "--truncate_dim", "--truncate-dim", type=int, help="numbers of the embeddings that are compared (default: all)"
+    )
     find.add_argument("--exact", action="store_true", help="compare with every item, not through the funnel")
     return parser.parse_args()
 

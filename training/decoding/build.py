@@ -16,7 +16,7 @@ from modeling_edgeglass import (
 )
 from modeling_edgeglass.decoding_edgeglass import bridge_file
 from training.arguments import build_arguments
-from training.build import MAX_SHARD_SIZE, image_transforms
+from training.build import MAX_SHARD_SIZE, check_place, image_transforms
 from training.config_files import key_error
 from training.decoding.config import DecodingConfig
 from training.decoding.data import AnswersDataset, build_answers_datasets
@@ -75,6 +75,24 @@ def build_decoder(config: DecodingConfig, seed: int) -> EdgeGlassForConditionalG
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_ends_can_be_pushed(config: DecodingConfig, model: EdgeGlassForConditionalGeneration) -> None:
+    """Find out before training whether others could load the bridge that is to be pushed.
+
+    Raises:
+        ConfigError: One of its ends is a directory of this machine.
+    """
+    if not config.trainer.get("push_to_hub") or config.decoding.language_training == "full":
+        return
+    for end, key in (("alignment", "alignment"), ("language", "language_model")):
+        if getattr(model.config, f"{end}_revision") is None:
+            raise key_error(
+                config,
+                "trainer.push_to_hub",
+                f"decoding.{key} is a directory of this machine, which nobody else has: push that first and train "
+                f"with its id, or push the finished run with `python -m training.push --{key} user/name`",
+            )
 
 
 def frozen_decoder_weights(model: EdgeGlassForConditionalGeneration) -> dict[str, dict[str, Tensor]]:
@@ -145,6 +163,7 @@ def load_decoder(
     Raises:
         ConfigError: There is none, or it or one of its parts cannot be read.
     """
+    check_place(name_or_path)
     try:
         kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", "unknown")
         if kind != EdgeGlassDecodingConfig.model_type:
