@@ -287,8 +287,8 @@ def test_two_ranks_write_the_files_of_one(run_config: Path):
     make_trainer(run_config, CACHED, f"dataset.cache_dir={run_config.parent}/one")
     program = (
         "import sys, training.feature_cache as files; files.ENTRIES_PER_SHARD = 8\n"
-        "from tests.runs import make_trainer\n"
-        "make_trainer(sys.argv[1], *sys.argv[2:]).train()\n"
+        "from tests.runs import make_trainer\nfrom training.run import leave\n"
+        "trainer = make_trainer(sys.argv[1], *sys.argv[2:])\ntrainer.train()\nleave(trainer)\n"
     )
     script = run_config.parent / "two.py"
     script.write_text(program)

@@ -177,7 +177,9 @@ def test_an_index_knows_its_model(
         command(*find, tmp_path / "other")
     Path(alignment).rename(tmp_path / "moved")
     assert len(command(*find, tmp_path / "moved")) == 8
-    with pytest.raises(ConfigError, match=r"alignment: no EdgeGlass model.*the index names it, --model names another"):
+    with pytest.raises(
+        ConfigError, match=r"alignment: there is no such directory.*the index names it, --model names another"
+    ):
         command(*find[:-1])
 
 
