@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.commands import BIN, METRICS, evaluated_again, final_metrics, in_background, run_alignment, start, wait_for
 from tests.conftest import write_pairs
+from tests.hub_server import HubServer
 from tests.interruptions import assert_equal_bits, assert_equal_tensors, with_batch_norms
 from tests.runs import make_trainer
 from training.batches import EpochSampler
@@ -181,3 +182,17 @@ def test_a_bad_row_of_another_rank_is_told(run_config: Path):
     assert f"error (rank 1): {train}: row {row} (sample_id id-{row}): no readable picture" in done.stderr
     done = start(*torchrun, "dataset.val_parquet=none.parquet", expect_success=False)
     assert done.stderr.count("none.parquet: no such file") == 1
+
+
+def test_two_ranks_push_once_and_hear_of_a_refusal_together(run_config: Path, tmp_path: Path):
+    ranks = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "run_alignment.py", "--config", run_config)
+    wanted = ("trainer.epochs=1", "trainer.push_to_hub=true", "trainer.hub_model_id=tester/two")
+    with HubServer() as hub:
+        refused = hub.run(*ranks, *wanted, home=tmp_path / "home", token="hf_wrong", expect_success=False)
+        assert refused.stderr.count("the Hub knows no such login") == 1
+        assert not list((run_config.parent / "run").glob("checkpoint-*"))
+        hub.run(*ranks, *wanted, home=tmp_path / "home")
+        assert len(hub.repositories["tester/two"].commits) == 2
+        assert (
+            sum(path == "/api/repos/create" for _, path in hub.requests) == 3
+        )  # one was refused, one asks, one pushes

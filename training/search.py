@@ -32,12 +32,8 @@ def build(options: argparse.Namespace) -> None:
     """Embed all pictures of a source into an index."""
     # As in run_alignment.py, --help does not wait for torch.
     from training.arguments import build_evaluation_arguments
-    from training.build import image_transforms
     from training.cpu import prepare_cpu
-    from training.identity import weights_checksum
-    from training.index import EdgeGlassIndex
     from training.index_files import check_new
-    from training.pictures import open_pictures
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: must be 1 or more, got {options.batch_size}")
@@ -46,17 +42,58 @@ def build(options: argparse.Namespace) -> None:
     check_new(options.index)
     prepare_cpu(build_evaluation_arguments(str(options.index.parent), options.batch_size))
     model, processor = load_for_search(options.model)
-    pictures = open_pictures(options.source, image_transforms(processor, is_training=False))
+    name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    how = {key: getattr(options, key) for key in ("batch_size", "max_bad_fraction", "dtype")}
+    index, num_skipped = build_index(model, processor, options.source, options.index, name=name, **how)
+    print(f"{options.index}: {len(index)} pictures" + (f", {num_skipped} skipped, see above" if num_skipped else ""))
+
+
+def build_index(
+    model: Any,
+    processor: Any,
+    source: str,
+    folder: Path,
+    *,
+    name: str = "",
+    batch_size: int = 64,
+    max_bad_fraction: float = 0.05,
+    dtype: str = "float32",
+) -> tuple[Any, int]:
+    """Embed the pictures of a folder or of parquet files into an `EdgeGlassIndex`.
+
+    Args:
+        model: The alignment.
+        processor: Its processor.
+        source: Folder of pictures, parquet file or glob.
+        folder: Of the index; it must not be there yet.
+        name: Directory or id of the model, for those who search.
+        batch_size: Pictures embedded at once.
+        max_bad_fraction: 0..1, more pictures that cannot be read are an error.
+        dtype: Of the embeddings on disk, float32 or float16.
+
+    Returns:
+        The index, and how many pictures could not be read.
+
+    Raises:
+        ConfigError: The folder exists.
+        DataError: There are no pictures, or too many cannot be read.
+        OutputError: The disk is full, or the folder cannot be written.
+    """
+    from training.build import image_transforms
+    from training.identity import weights_checksum
+    from training.index import EdgeGlassIndex
+    from training.pictures import open_pictures
+
+    pictures = open_pictures(source, image_transforms(processor, is_training=False))
     index = EdgeGlassIndex.build(
-        options.index,
-        embedded(model, pictures, options.batch_size, options.max_bad_fraction),
+        folder,
+        embedded(model, pictures, batch_size, max_bad_fraction),
         sizes=funnel_sizes(model.config.projection_dim, model.config.mrl_dimensions),
-        model=str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
+        model=name,
         weights=weights_checksum(model.trained_state_dict()),
-        dtype=options.dtype,
+        dtype=dtype,
     )
-    skipped = len(pictures) - len(index)
-    print(f"{options.index}: {len(index)} pictures" + (f", {skipped} skipped, see above" if skipped else ""))
+    return index, len(pictures) - len(index)
 
 
 def find(options: argparse.Namespace) -> None:
