@@ -191,7 +191,7 @@ def test_what_everybody_sees_is_not_pushed_to_by_accident(finished: Path, hub: H
     assert len(hub.repositories[REPO].commits) == 2
 
 
-def test_what_was_made_of_other_weights_is_left_out_and_taken_away(output_dir: Path, hub: HubServer):
+def test_what_was_made_of_other_weights_is_left_out_and_taken_away(output_dir: Path, hub: HubServer, caplog):
     command = [
         "-m",
         "training.evaluate",
@@ -216,6 +216,7 @@ def test_what_was_made_of_other_weights_is_left_out_and_taken_away(output_dir: P
     push(output_dir, REPO)
     files = sent(hub)
     assert not [name for name in files if name.startswith("onnx/")]
+    assert "is no export of these weights and is left out" in caplog.text
     assert "`test`:" not in files["README.md"].decode()
 
 

@@ -21,6 +21,12 @@ from training.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
+# What we write, besides our code: of an earlier push it must not stay beside what is sent now.
+_OURS = re.compile(
+    r"(onnx|plots|alignment_tokenizer)/.*|[^/]*\.safetensors(\.index\.json)?|tokenizer[^/]*|modules\.json"
+    r"|(sentence_bert_config|config_sentence_transformers|generation_config|processor_config)\.json"
+)
+
 
 def main() -> None:
     options = parse_options()
@@ -31,13 +37,6 @@ def main() -> None:
         print(push(options.output_dir, options.repo_id, private=not options.public, **naming(options)))
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-# What we write: of an earlier push it must not stay beside what is sent now.
-_OURS = re.compile(
-    r"(onnx|plots|alignment_tokenizer)/.*|[^/]*\.(py|safetensors|safetensors\.index\.json|jinja)|tokenizer[^/]*|modules\.json"
-    r"|(sentence_bert_config|config_sentence_transformers|generation_config|processor_config)\.json"
-)
 
 
 def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: Any) -> str:
@@ -57,6 +56,7 @@ def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: Any)
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    import modeling_edgeglass
     from training.repository import repository_files
 
     api = HfApi()
@@ -64,7 +64,9 @@ def push(output_dir: Path, repo_id: str, *, private: bool = True, **naming: Any)
     files = repository_files(output_dir, repo_id, ask_hub=True, **naming)
     open_repository(repo_id, private, api)
     with clear_hub_errors(repo_id):
-        stale = [name for name in api.list_repo_files(repo_id) if _OURS.fullmatch(name) and name not in files]
+        there = set(api.list_repo_files(repo_id)) - set(files)
+        code = {path.name for path in Path(modeling_edgeglass.__file__).parent.glob("*.py")}
+        stale = sorted(name for name in there if _OURS.fullmatch(name) or name in code)
         operations: list[Any] = [
             *map(CommitOperationDelete, stale),
             *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),

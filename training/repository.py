@@ -1,6 +1,7 @@
 """What of a run goes to the Hub: the model, its card, and how it came about."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from training.model_card import is_of_model, is_on_hub, model_card, read_json, r
 from training.privacy import check_private, public_settings
 from training.results import CONFIG, FINAL_METRICS, MODEL_FOLDER
 from training.visualization.report import FIGURES
+
+logger = logging.getLogger(__name__)
 
 ONNX_FOLDER, REPORT = "onnx", "export.json"  # of training.export
 
@@ -66,6 +69,8 @@ def repository_files(
             files[f"plots/{name}.png"] = path
     if is_of_model(output_dir / ONNX_FOLDER / REPORT, model):
         files |= {f"{ONNX_FOLDER}/{name}": path for name, path in _visible_files(output_dir / ONNX_FOLDER).items()}
+    elif (output_dir / ONNX_FOLDER).exists():
+        logger.warning("%s is no export of these weights and is left out; export again", output_dir / ONNX_FOLDER)
     card = model_card(output_dir, repo_id, config, settings, set(files), licence=licence, ask_hub=ask_hub)
     files["README.md"] = card.encode()
     check_private(files, [output_dir])
