@@ -70,7 +70,8 @@ def test_a_run_leaves_model_metrics_and_config_and_can_be_evaluated_again(finish
     missing = start(
         sys.executable, "-m", "training.evaluate", finished, run_config.parent / "val.parquet", expect_success=False
     )
-    assert missing.stderr.strip().splitlines()[-1].startswith(f"error: {finished}: no EdgeGlass model")
+    slip = f"error: {finished}: is a run's output directory; its model is {finished / 'model'}"
+    assert missing.stderr.strip().splitlines()[-1] == slip
 
 
 def test_a_finished_run_without_checkpoints_cannot_be_extended(run_config: Path):
