@@ -31,6 +31,8 @@ from training.model_card import alignment_parts
 from training.push import main, push, repository_of
 from training.signals import SignalListener
 
+pytestmark = pytest.mark.xdist_group("push")
+
 REPO = "tester/colours"
 
 
