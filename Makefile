@@ -31,7 +31,7 @@ test: .venv/installed | $(if $(shell command -v npm),$(QWEN)) # without npm a fe
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n logical --dist loadgroup $(addprefix --ignore=,$(RUNS))
+	$(BIN)/pytest -n logical $(addprefix --ignore=,$(RUNS))
 	$(BIN)/pytest $(RUNS) # of several processes: they want the cores for themselves
 
 bench: .venv/installed | examples/towers

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ import yaml
 from PIL import Image
 
 from modeling_edgeglass import EdgeGlassConfig, EdgeGlassModel, EdgeGlassProcessor
+from tests.hub_server import HubServer
 from tests.language_models import save_tiny_language_model
 from tests.towers import IMAGE_SIZE, TINY, save_tiny_text_tower, save_tiny_vision_tower
 
@@ -132,6 +134,17 @@ def write_run_config(folder: Path, vision_dir: str, text_dir: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of this process, too."""
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
 
 
 @pytest.fixture

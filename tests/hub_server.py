@@ -19,117 +19,18 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
 from tests.commands import ROOT
+from tests.hub_cards import check_card, read_metadata
+from tests.hub_repositories import DATE, Answer, File, HubError, Repository, as_json
 
 USER = "tester"
-LICENSES = ("apache-2.0", "mit", "gemma", "other")  # some that the Hub knows
 LARGEST_REGULAR = 10_000_000  # bytes
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
-DATE = "2026-01-01T00:00:00.000Z"  # of all: time is no matter here
-# The block of YAML that opens a card, as huggingface_hub.repocard finds it.
-METADATA = re.compile(r"^(?:\s*---[\r\n]+)([\S\s]*?)(?:[\r\n]+---(?:\r\n|\n|$))")
-_RESULT = {"task": {"type": None}, "dataset": {"name": None, "type": None}, "metrics": [{"type": None, "value": None}]}
-MODEL_INDEX = [{"name": None, "results": [_RESULT]}]  # the fields that each entry must have
-
-Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
-
-
-def as_json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-    return status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value, default=str).encode()
-
-
-class HubError(Exception):
-    """An answer that the client raises; `code` is the Hub's name of the error, `commit_id` where a file is missing."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, commit_id: str | None = None):
-        super().__init__(message)
-        named = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit_id}
-        self.answer = as_json({"error": message}, status, {name: text for name, text in named.items() if text})
-
-
-@dataclass(frozen=True)
-class File:
-    content: bytes
-    lfs: bool = False
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def blob(self) -> bytes:
-        """What git stores: the content, or the pointer to it."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return pointer.encode() if self.lfs else self.content
-
-    @property
-    def blob_id(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.blob) + self.blob).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.blob_id
-
-
-@dataclass(frozen=True)
-class Commit:
-    """All files as they are after it, by their path."""
-
-    id: str
-    message: str
-    files: dict[str, File]
-
-    def under(self, path: str) -> dict[str, str]:
-        """Blob ids of the file or of the folder's files."""
-        return {name: file.blob_id for name, file in self.files.items() if f"{name}/".startswith(f"{path}/")}
-
-
-@dataclass
-class Repository:
-    """Commits from the first to the last, and the large objects that were uploaded, committed or not."""
-
-    private: bool
-    commits: list[Commit] = field(default_factory=list)
-    objects: dict[str, bytes] = field(default_factory=dict)
-
-    def commit(self, message: str, files: dict[str, File]) -> Commit:
-        blobs = sorted((path, file.blob_id) for path, file in files.items())
-        parent = self.commits[-1].id if self.commits else None
-        self.commits.append(Commit(hashlib.sha1(repr((parent, message, blobs)).encode()).hexdigest(), message, files))
-        return self.commits[-1]
-
-    def at(self, revision: str) -> Commit:
-        found = [commit for commit in self.commits if revision in ("main", commit.id)]
-        if not found:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found[-1]
-
-    def entry(self, commit: Commit, path: str, expand: bool) -> dict[str, Any]:
-        """A file or folder as the tree lists it."""
-        file = commit.files.get(path)
-        if file is None:
-            folder = hashlib.sha1(repr(commit.under(path)).encode()).hexdigest()
-            entry = {"type": "directory", "oid": folder, "size": 0, "path": path}
-        else:
-            entry = {"type": "file", "oid": file.blob_id, "size": len(file.content), "path": path}
-        if file and file.lfs:
-            entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": len(file.blob)}
-        if expand:
-            last = commit
-            for earlier in reversed(self.commits[: self.commits.index(commit)]):
-                if earlier.under(path) != commit.under(path):
-                    break
-                last = earlier
-            entry["lastCommit"] = {"id": last.id, "title": last.message, "date": DATE}
-        return entry
 
 
 class HubServer(ThreadingHTTPServer):
@@ -412,42 +313,6 @@ def apply(key: str, value: dict[str, Any], files: dict[str, File], objects: dict
             del files[name]
     else:
         raise HubError(501, f"tests/hub_server.py knows no {key}")
-
-
-def read_metadata(readme: str) -> Any:
-    """The YAML at the top of a model card; None if there is none."""
-    block = METADATA.match(readme)
-    return yaml.safe_load(block[1]) if block else None
-
-
-def check_card(readme: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings, in the Hub's words."""
-    try:
-        metadata = read_metadata(readme)
-    except yaml.YAMLError as error:
-        return [f"bad YAML: {error}"], []
-    if metadata is None:
-        return [], ["empty or missing yaml metadata in repo card"]
-    if not isinstance(metadata, dict):
-        return ['"value" must be of type object'], []
-    errors = what_is_missing(metadata.get("model-index", []), MODEL_INDEX, "model-index")
-    if metadata.get("license", LICENSES[0]) not in LICENSES:
-        errors.append(f'"license" must be one of {", ".join(LICENSES)}')
-    return errors, []
-
-
-def what_is_missing(value: Any, required: Any, name: str) -> list[str]:
-    if isinstance(required, list):
-        if not isinstance(value, list):
-            return [f'"{name}" must be an array']
-        return [text for i, item in enumerate(value) for text in what_is_missing(item, required[0], f"{name}[{i}]")]
-    if required is None:
-        return []
-    if not isinstance(value, dict):
-        return [f'"{name}" must be of type object']
-    missing = [f'"{name}.{key}" is required' for key in required if key not in value]
-    there = {key: inner for key, inner in required.items() if key in value}
-    return missing + [text for key in there for text in what_is_missing(value[key], there[key], f"{name}.{key}")]
 
 
 REPO, REVISION, OID = r"([^/]+(?:/[^/]+)?)", r"([^/]+)", r"([0-9a-f]{64})"

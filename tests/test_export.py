@@ -29,8 +29,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-pytestmark = pytest.mark.xdist_group("export")
-
 MAX_LENGTH = 32  # tokens
 SIZES = ("", "@8")  # of RECALL_SIZES in these tests
 

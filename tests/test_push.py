@@ -2,10 +2,8 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy
@@ -15,25 +13,17 @@ from huggingface_hub import ModelCard
 
 from modeling_edgeglass import truncate_embeds
 from run_alignment import align
-from run_decoding import decode
 from tests.bare_environment import make_bare_environment
-from tests.commands import ROOT, final_metrics, start
+from tests.commands import final_metrics, start
 from tests.conftest import picture, write_pairs, write_run_config
-from tests.decoding_runs import write_decoding_config
-from tests.hub_server import File, HubServer, Repository
+from tests.hub_server import HubServer
+from tests.pushing import REPO, run_snippet, sent, snippets
 from training.build import load_model, save_alignment
 from training.config import load_config
-from training.decoding.build import load_decoder
-from training.decoding.config import load_decoding_config
 from training.errors import ConfigError
 from training.export import export
-from training.model_card import alignment_parts
 from training.push import main, push, repository_of
 from training.signals import SignalListener
-
-pytestmark = pytest.mark.xdist_group("push")
-
-REPO = "tester/colours"
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +43,12 @@ def output_dir(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The Hub of this process, too."""
-    with HubServer() as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        yield server
-
-
-def sent(hub: HubServer) -> dict[str, bytes]:
-    """The files of the repository after its last commit."""
-    return {name: file.content for name, file in hub.repositories[REPO].commits[-1].files.items()}
-
-
 def num_uploads(hub: HubServer) -> int:
     return sum(method == "PUT" for method, _ in hub.requests)
 
 
 def test_a_pushed_run_comes_back_with_the_same_bits(finished: Path, hub: HubServer, tmp_path: Path):
-    push(finished, REPO)
+    hub.run("-m", "training.push", finished, REPO, home=tmp_path / "pusher")  # by HF_ENDPOINT, as the user would
     assert hub.repositories[REPO].private
     assert len(hub.repositories[REPO].commits) == 2  # the Hub's own, which makes the repository, and one of ours
     code = """
@@ -248,27 +222,6 @@ def test_a_card_that_the_hub_refuses_is_told(finished: Path, hub: HubServer):
         push(finished, REPO, licence="mine")
 
 
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        ("license: mit", "mit"),
-        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
-        ("license: other\nlicense_name: llama3", "llama3"),
-        ("license: [", "not stated where it came from"),
-        (b"\xff", "not stated where it came from"),
-    ],
-)
-def test_a_towers_card_says_its_licence(card: str | bytes, licence: str, tmp_path: Path):
-    (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else f"---\n{card}\n---\n".encode())
-    side = {"model_type": "vit"}
-    config = {
-        f"{name}_{key}": value
-        for name in ("vision", "text")
-        for key, value in {"name_or_path": str(tmp_path), "revision": None, "config": side, "freeze": True}.items()
-    }
-    assert {part.licence for part in alignment_parts(config, ask_hub=True)} == {licence}
-
-
 def test_the_card_tells_the_run(output_dir: Path, hub: HubServer):
     (output_dir / "emissions.csv").write_text("run_id,emissions\na,0.001\na,0.002\nb,0.0005\n")
     push(output_dir, REPO, licence="apache-2.0")
@@ -320,20 +273,6 @@ def test_every_snippet_of_the_card_runs_where_its_packages_alone_are(finished: P
         torch.testing.assert_close(found, truncate_embeds(expected[name], size).detach(), rtol=1e-5, atol=1e-5)
 
 
-def snippets(files: Mapping[str, bytes]) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
-
-
-def run_snippet(hub: HubServer, interpreter: Path, code: str, folder: Path) -> str:
-    """What some lines of Python print, run with their packages and the Hub alone."""
-    here = Path(sys.executable) == interpreter
-    environment = hub.environment(folder / "home") | ({"PYTHONPATH": str(ROOT)} if here else {})
-    code = f"import torch\ntorch.set_grad_enabled(False)\n{code}" if "onnxruntime" not in code else code
-    done = subprocess.run([interpreter, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_run_can_push_itself(vision_dir: str, text_dir: str, hub: HubServer, tmp_path: Path, capsys, monkeypatch):
     config = write_run_config(tmp_path, vision_dir, text_dir)
     overrides = ["trainer.epochs=1", "trainer.push_to_hub=true", f"trainer.hub_model_id={REPO}"]
@@ -353,68 +292,6 @@ def test_a_run_can_push_itself(vision_dir: str, text_dir: str, hub: HubServer, t
     assert "pushed: " in capsys.readouterr().out
     assert len(hub.repositories[REPO].commits) == 2
     assert hub.repositories[REPO].private
-
-
-@pytest.fixture(scope="module")
-def described(vision_dir: str, text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a decoding run, which holds the bridge alone."""
-    config = write_decoding_config(tmp_path_factory.mktemp("described"), vision_dir, text_dir)
-    quick = ["trainer.epochs=1", "generation.num_scored=0", "generation.num_samples=2"]
-    assert decode(load_decoding_config(config, quick), SignalListener()) == 0
-    return config.parent / "run"
-
-
-DECODE = """
-import sys, torch
-from training.decoding.build import load_decoder
-model, processor = load_decoder(sys.argv[1])
-embeds = torch.eye(3, 64)
-torch.save(model.generate(image_embeds=embeds, max_new_tokens=6, min_new_tokens=6, do_sample=False), sys.argv[2])
-"""
-
-
-def test_a_bridge_is_pushed_when_its_ends_are(described: Path, hub: HubServer, tmp_path: Path):
-    with pytest.raises(
-        ConfigError, match=r"holds a bridge to .*/alignment, which lies on this machine alone: .*--align"
-    ):
-        push(described, REPO)
-    config = load_decoding_config(described / "config.yaml", ["trainer.push_to_hub=true"])
-    with pytest.raises(ConfigError, match=r"trainer\.push_to_hub: decoding\.alignment is a directory of this machine"):
-        decode(config, SignalListener())
-    assert hub.requests == []
-    for name in ("alignment", "language"):
-        hub.repositories[f"tester/{name}"] = Repository(private=True)
-        folder = described.parent / name
-        files = {path.relative_to(folder).as_posix(): File(path.read_bytes()) for path in folder.rglob("*.*")}
-        hub.repositories[f"tester/{name}"].commit("by hand", files)
-    push(described, REPO, alignment="tester/alignment", language_model="tester/language")
-    for name, target in ((REPO, "pushed.pt"), (described / "model", "local.pt")):
-        hub.run("-c", DECODE, name, tmp_path / target, home=tmp_path / "home")
-    assert torch.equal(torch.load(tmp_path / "pushed.pt"), torch.load(tmp_path / "local.pt"))
-    card = sent(hub)["README.md"].decode()
-    assert 'from_bridge_pretrained("tester/colours")' in card
-    assert "base_model:\n- tester/alignment\n- tester/language" in card
-    assert str(described.parent).encode() not in b"".join(sent(hub).values())
-
-
-def test_a_whole_decoder_is_pushed_as_it_is(described: Path, hub: HubServer, tmp_path: Path):
-    model, processor = load_decoder(str(described / "model"))
-    output_dir = Path(shutil.copytree(described, tmp_path / "run"))
-    shutil.rmtree(output_dir / "model")
-    model.save_pretrained(output_dir / "model")
-    processor.save_pretrained(output_dir / "model")
-    with pytest.raises(ConfigError, match="is whole: it names no alignment and no language model that could be exch"):
-        push(output_dir, REPO, alignment="tester/alignment")
-    push(output_dir, REPO)
-    (tmp_path / "picture.png").write_bytes(picture("a horse"))
-    bare = make_bare_environment(tmp_path / "transformers", "torch", "transformers", "pillow")
-    (block,) = [block for block in snippets(sent(hub)) if "AutoModelForImageTextToText" in block]
-    model.generation_config.max_new_tokens = 32
-    inputs = processor(images=str(tmp_path / "picture.png"), text=processor.prompt)
-    expected = processor.decode_answers(model.generate(**inputs, max_new_tokens=32, truncate_dim=16))
-    code = f"{block}\nassert model.generate(**inputs, max_new_tokens=32, truncate_dim=16).shape[0] == 1"
-    done = run_snippet(hub, bare, code, tmp_path)
-    assert done.strip() == str(expected)
 
 
 def test_where_a_run_is_pushed_to():
